@@ -1,0 +1,190 @@
+"""The training loop: what it keeps, what it draws, what it refuses."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from noise2tokens.training import live, seed_everything, train
+
+
+class Point(nn.Module):
+    """One number that a loss can pull."""
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(start))
+
+
+def test_reaches_the_minimum_of_a_quadratic():
+    model = Point(5.0)
+    history = train(
+        model,
+        lambda batch: (model.value - batch.mean()) ** 2,
+        torch.full((16, 1), 2.0),
+        steps=200,
+        batch_size=4,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    assert abs(model.value.item() - 2.0) < 1e-5
+    assert history.steps == list(range(1, 201)) and len(history.losses) == 200
+    assert history.losses[0] == pytest.approx(9.0) and history.losses[-1] < 1e-8
+    assert history.best_step == 200 and history.seconds > 0
+
+
+def test_ends_with_the_weights_that_validated_best():
+    model = Point(0.0)
+    # The loss pulls the value upwards without end; validation is best where it passes 1.
+    history = train(
+        model,
+        lambda batch: -model.value,
+        torch.zeros(4, 1),
+        steps=30,
+        batch_size=2,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        validate=lambda: (model.value.item() - 1.0) ** 2,
+        validate_every=5,
+    )
+    assert history.validation_steps == [0, 5, 10, 15, 20, 25, 30]
+    assert history.best_step == 10
+    assert model.value.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_validation_runs_in_eval_mode_and_without_gradients():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+    seen = []
+
+    def validate() -> float:
+        seen.append((model.training, torch.is_grad_enabled()))
+        return 1.0
+
+    train(
+        model,
+        lambda batch: (
+            model(batch).mean() if model.training else pytest.fail("trained in eval mode")
+        ),
+        torch.ones(4, 1),
+        steps=2,
+        batch_size=2,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        validate=validate,
+        validate_every=1,
+    )
+    assert seen == [(False, False)] * 3 and not model.training
+
+
+def test_every_epoch_sees_every_sample_once_in_a_new_order():
+    torch.manual_seed(0)
+    model, batches = Point(0.0), []
+
+    def loss(batch):
+        batches.append(batch.flatten().tolist())
+        return model.value * 0
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, loss, torch.arange(8.0)[:, None], steps=8, batch_size=2, optimizer=optimizer)
+    epochs = [list(itertools.chain(*batches[:4])), list(itertools.chain(*batches[4:]))]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_takes_a_function_that_draws_batches():
+    model, sizes = Point(0.0), []
+
+    def draw(n):
+        sizes.append(n)
+        return torch.ones(n, 1)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, lambda b: model.value * b.sum(), draw, steps=3, batch_size=5, optimizer=optimizer)
+    assert sizes == [5, 5, 5]
+
+
+def test_steps_the_schedule_once_a_step():
+    model = Point(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    train(
+        model, lambda b: model.value, torch.ones(2, 1), steps=3, batch_size=2,
+        optimizer=optimizer, schedule=schedule,
+    )  # fmt: skip
+    assert model.value.item() == pytest.approx(-(1 + 0.5 + 0.25))
+
+
+def test_the_same_seed_gives_the_same_run():
+    def run():
+        seed_everything(3)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.Adam(model.parameters())
+        data = torch.randn(32, 4)
+        return train(
+            model,
+            lambda b: model(b).square().mean(),
+            data,
+            steps=20,
+            batch_size=8,
+            optimizer=optimizer,
+        )
+
+    assert run().losses == run().losses
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"batch_size": 0}, {"validate_every": 0}, {"batch_size": 9}]
+)
+def test_refuses_sizes_that_make_no_sense(bad):
+    model = Point(0.0)
+    options = {
+        "steps": 1,
+        "batch_size": 2,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    } | bad
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        train(model, lambda b: model.value, torch.ones(8, 1), **options)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
+    model, calls = Point(1.0), itertools.count(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="nan at step 7"):
+        train(
+            model, lambda b: model.value * (float("nan") if next(calls) == 7 else 1.0), torch.ones(8, 1),
+            steps=10, batch_size=2, optimizer=optimizer,
+        )  # fmt: skip
+
+
+def test_a_validation_value_that_is_not_finite_stops_the_run():
+    model = Point(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="validation"):
+        train(
+            model, lambda b: model.value, torch.ones(8, 1), steps=2, batch_size=2,
+            optimizer=optimizer, validate=lambda: float("inf"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("asks, expected", [(True, True), (False, False)])
+def test_a_notebook_is_live_exactly_if_its_front_end_can_be_asked(asks, expected):
+    """Run a real kernel as a front end (may ask for input) and as papermill and nbval do (may not)."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        printed = []
+        client.execute_interactive(
+            "from noise2tokens.training import live; print(live())",
+            allow_stdin=asks,
+            timeout=120,
+            output_hook=lambda message: printed.append(message["content"].get("text", "")),
+        )
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert "".join(printed).strip() == str(expected)
+
+
+def test_outside_a_notebook_live_means_a_terminal(monkeypatch):
+    for answer in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda answer=answer: answer, raising=False)
+        assert live() is answer
