@@ -1,0 +1,1 @@
+"""What builds the book. Not part of the package that readers install."""
