@@ -1,0 +1,66 @@
+# The set of chapters: which are executed, when, and the site that is made of them.
+#
+#   snakemake                          the book at small scale  (what `make book` calls)
+#   snakemake --config scale=full      the same on a GPU machine
+#   snakemake --workflow-profile profiles/slurm --config scale=full
+#
+# A job is asked for when a file behind a chapter is newer than its notebook; it executes if the content differs from
+# what the notebook was made of, and otherwise only brings the text up to date (tools/execute.py). `update` keeps
+# Snakemake from deleting the last good notebook beforehand.
+import sys
+
+sys.path.insert(0, workflow.basedir)
+from tools import inputs
+
+SCALE = config.get("scale", "small")
+if SCALE not in ("small", "full"):
+    raise ValueError(f"scale must be small or full, got {SCALE}")
+BOOK = "book" if SCALE == "small" else "_build/full/book"
+SITE = "_build/html/index.html" if SCALE == "small" else "_build/full/_build/html/index.html"
+CHAPTERS = inputs.chapters()
+
+
+# On a cluster these run where you start from.
+localrules:
+    book,
+    chapters,
+    site,
+
+
+rule book:
+    input:
+        SITE,
+
+
+rule chapters:
+    input:
+        expand(f"{BOOK}/{{chapter}}.ipynb", chapter=CHAPTERS),
+
+
+rule chapter:
+    input:
+        text="chapters/{chapter}.md",
+        code=lambda wildcards: [str(path.relative_to(inputs.ROOT)) for path in inputs.files(wildcards.chapter)],
+    output:
+        update(f"{BOOK}/{{chapter}}.ipynb"),
+    wildcard_constraints:
+        chapter=r"\d\d_\w+",
+    threads: 2
+    resources:
+        mem_mb=8000 if SCALE == "small" else 64000,
+        gpu=0 if SCALE == "small" else 1,
+        runtime=15 if SCALE == "small" else 60,
+    shell:
+        "OMP_NUM_THREADS={threads} {sys.executable} -m tools.execute {wildcards.chapter} {output} scale={SCALE}"
+
+
+rule site:
+    input:
+        rules.chapters.input,
+        "_config.yml",
+        "_toc.yml",
+        [str(path) for path in inputs.pages()],
+    output:
+        update(SITE),
+    shell:
+        "{sys.executable} -m tools.site {SCALE}"

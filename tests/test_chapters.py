@@ -1,0 +1,295 @@
+"""What every chapter must have, and that comparing its outputs can fail.
+
+The text in chapters/ is checked against the anatomy that readers are promised; the executed notebook in book/ against
+the text; and a corrupted copy of each notebook against nbval, which has to notice.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+
+import jupytext
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+
+from tools import inputs
+
+CHAPTERS = inputs.chapters()
+SECTIONS = [
+    "The problem",
+    "The experiment",
+    "At full scale",
+    "Ledger",
+    "What goes wrong",
+    "Exercises",
+    "Summary",
+    "References",
+]
+SETUP = '''try:
+    import noise2tokens
+except ModuleNotFoundError:  # on Colab: the package at this page's commit; torch stays the one that Colab ships
+    import torch
+
+    ref = "main"
+    source = f"git+https://github.com/noise-to-tokens/noise-to-tokens@{ref}"
+    %pip install --quiet "noise2tokens @ {source}" "torch=={torch.__version__}"'''
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose(notebook) -> str:
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def text_of(output) -> str:
+    """What nbval compares of an output that can be compared: streams, and text of results."""
+    if output.output_type == "stream":
+        return output.text if output.name == "stdout" else ""
+    data = output.get("data", {})
+    if "image/png" in data or output.get("metadata", {}).get("noise2tokens"):
+        return ""
+    return data.get("text/markdown", data.get("text/plain", ""))
+
+
+def compared(notebook):
+    """The cells whose text a fresh run is held to."""
+    return [
+        cell
+        for cell in code_cells(notebook)
+        if not {"nbval-ignore-output", "nbval-skip"} & set(tags(cell))
+        and any(text_of(output).strip() for output in cell.outputs)
+    ]
+
+
+@pytest.fixture(params=CHAPTERS)
+def chapter(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def text(chapter):
+    return inputs.source(chapter)
+
+
+@pytest.fixture
+def executed(chapter, root):
+    return nbformat.read(root / "book" / f"{chapter}.ipynb", as_version=4)
+
+
+def test_there_are_chapters():
+    assert CHAPTERS
+
+
+# The text
+
+
+def test_opens_with_title_and_one_sentence_then_objectives(text):
+    first = text.cells[0]
+    assert first.cell_type == "markdown"
+    title, sentence = first.source.split("\n\n")
+    assert re.fullmatch(r"# \S.*", title)
+    assert sentence.count(".") - sentence.count("e.g.") == 1 or sentence.rstrip().endswith(".")
+    before = prose(text).split("## The problem")[0]
+    objectives = re.search(r"By the end you can:\n\n((?:- .*\n(?:  .*\n)*)+)", before + "\n")
+    assert objectives, "the objectives are missing"
+    assert 3 <= objectives.group(1).count("\n- ") + 1 <= 5
+
+
+def test_has_the_sections_in_order(text):
+    headings = re.findall(r"^## (.+)$", prose(text), re.M)
+    assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
+    assert headings[0] == "The problem" and headings[-1] == "References"
+    derivation = headings[1 : headings.index("The experiment")]
+    assert len(derivation) >= 2, "where is the derivation?"
+
+
+def test_setup_and_parameters_come_first(text):
+    setup, parameters = code_cells(text)[:2]
+    assert setup.source == SETUP and tags(setup) == ["setup", "hide-cell", "nbval-ignore-output"]
+    assert parameters.source == 'scale = "small"\nseed = 0' and tags(parameters) == ["parameters"]
+
+
+def test_a_figure_or_failing_attempt_comes_before_any_displayed_formula(text):
+    problem = False
+    for cell in text.cells:
+        if cell.cell_type == "markdown":
+            problem = problem or "## The problem" in cell.source
+            assert not (problem and "$$" in cell.source), (
+                "a formula comes before the first code of the problem"
+            )
+        elif problem:
+            return
+    pytest.fail("the problem shows nothing")
+
+
+def test_every_figure_has_alt_text_and_caption(text, executed):
+    drawn = [
+        cell
+        for cell in code_cells(executed)
+        if any("image/png" in output.get("data", {}) for output in cell.outputs)
+    ]
+    assert drawn
+    for cell in drawn:
+        options = cell.metadata.get("mystnb", {})
+        alt = options.get("image", {}).get("alt", "")
+        assert len(alt.split()) >= 5 and not re.search(r"\.(png|svg|webp)", alt), cell.source[:80]
+        assert options.get("figure", {}).get("caption", "").strip(), cell.source[:80]
+
+
+def test_exercises_have_solutions_and_some_are_executed(text):
+    words = prose(text)
+    exercises = re.findall(r"exercise-start\}[^\n]*\n:label: (\S+)", words)
+    solutions = re.findall(r"solution-start\} (\S+)\n:class: dropdown", words)
+    assert 3 <= len(exercises) <= 5 and exercises == solutions
+    inside, executed = False, 0
+    for cell in text.cells:
+        if cell.cell_type == "markdown":
+            gates = re.findall(r"\{(solution-start|solution-end)\}", cell.source)
+            inside = gates[-1] == "solution-start" if gates else inside
+        else:
+            executed += inside
+    assert executed >= 1
+
+
+def test_code_cells_are_short(text):
+    lengths = sorted(
+        len(cell.source.splitlines()) for cell in code_cells(text) if "setup" not in tags(cell)
+    )
+    assert lengths[len(lengths) // 2] <= 8, lengths
+    assert lengths[int(len(lengths) * 0.9)] <= 25, lengths
+    assert lengths[-1] <= 40, lengths
+    wide = [
+        line for cell in code_cells(text) for line in cell.source.splitlines() if len(line) > 100
+    ]
+    assert [line for line in wide if line not in SETUP] == []
+
+
+def test_defines_no_model_and_no_algorithm(text):
+    for cell in code_cells(text):
+        for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))):
+            assert not isinstance(node, ast.ClassDef), f"class {node.name} belongs into the package"
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 10, f"{node.name} belongs into the package"
+
+
+def test_imports_its_own_module(chapter, text):
+    assert any(name.startswith(f"noise2tokens.{chapter[3:]}") for name in inputs.imported(text))
+
+
+def test_citations_and_labels(text, root):
+    words = prose(text)
+    cited = set(re.findall(r"\{footcite:[tp]+\}`([^`]+)`", words))
+    known = set(re.findall(r"^@\w+\{(\S+),", (root / "book/references.bib").read_text(), re.M))
+    assert cited and {key.strip() for keys in cited for key in keys.split(",")} <= known
+    labels = re.findall(r"^\$\$ \((\S+)\)$", words, re.M)
+    assert len(labels) == len(set(labels)) >= 5
+    assert set(re.findall(r"\{eq\}`([^`]+)`", words)) <= set(labels)
+
+
+def test_says_no_hype(text):
+    found = re.findall(
+        r"\b(simply|obviously|clearly|trivially|of course|game.chang\w+)\b", prose(text), re.I
+    )
+    assert found == []
+
+
+def test_text_survives_the_round_trip_through_jupytext(chapter, root):
+    written = (root / "chapters" / f"{chapter}.md").read_text()
+    notebook = jupytext.reads(written, fmt="md:myst")
+    again = jupytext.reads(jupytext.writes(notebook, fmt="md:myst"), fmt="md:myst")
+    assert [(c.cell_type, c.source, c.metadata) for c in again.cells] == [
+        (c.cell_type, c.source, c.metadata) for c in notebook.cells
+    ]
+
+
+# The executed notebook
+
+
+def test_notebook_was_made_from_this_text_and_these_modules(chapter, text, executed):
+    assert [cell.source for cell in code_cells(executed)] == inputs.code(text)
+    assert executed.metadata["noise2tokens"]["digest"] == inputs.digest(chapter, "small"), (
+        "stale: run make book"
+    )
+    plain = [
+        cell.source
+        for cell in text.cells
+        if cell.cell_type == "markdown" and "{glue:text}" not in cell.source
+    ]
+    assert set(plain) <= {cell.source for cell in executed.cells}
+
+
+def test_notebook_ran_from_top_to_bottom_without_error(executed):
+    assert [cell.execution_count for cell in code_cells(executed)] == list(
+        range(1, len(code_cells(executed)) + 1)
+    )
+    outputs = [output for cell in code_cells(executed) for output in cell.outputs]
+    assert outputs and not any(output.output_type == "error" for output in outputs)
+    assert not any(output.get("name") == "stderr" for output in outputs), (
+        "warnings or progress bars were stored"
+    )
+
+
+def test_notebook_holds_no_time_stamps_and_no_unresolved_number(executed):
+    assert "papermill" not in executed.metadata
+    assert not any({"papermill", "execution"} & set(cell.metadata) for cell in executed.cells)
+    assert "{glue:text}" not in prose(executed)
+
+
+def test_notebook_has_its_card(executed):
+    card = executed.cells[1]
+    assert tags(card) == ["header-card"]
+    for needed in ("Builds on", "At small scale", "At full scale", "torch 2."):
+        assert needed in card.source
+
+
+def test_notebook_is_small(chapter, root, executed):
+    for cell in code_cells(executed):
+        for output in cell.outputs:
+            picture = output.get("data", {}).get("image/png", "")
+            assert len(picture) * 3 / 4 <= 150_000, cell.source[:80]
+    assert (root / "book" / f"{chapter}.ipynb").stat().st_size < 4_000_000
+
+
+def test_at_least_eight_cells_are_compared(executed):
+    assert len(compared(executed)) >= 8
+
+
+def test_shows_its_ledger(executed):
+    rows = [
+        row
+        for cell in code_cells(executed)
+        for output in cell.outputs
+        for row in output.get("metadata", {}).get("noise2tokens", {}).get("ledger", [])
+    ]
+    assert rows and all(row["source"] for row in rows)
+
+
+@pytest.mark.slow
+def test_nbval_notices_a_corrupted_output(chapter, executed, tmp_path):
+    """Change one character of the first compared output in a copy, and see the comparison fail there."""
+    cell = compared(executed)[0]
+    output = next(output for output in cell.outputs if text_of(output).strip())
+    if output.output_type == "stream":
+        output.text = output.text.replace("✓", "x", 1) if "✓" in output.text else output.text + "x"
+    else:
+        key = "text/markdown" if "text/markdown" in output.data else "text/plain"
+        output.data[key] += "x"
+    path = tmp_path / f"{chapter}.ipynb"
+    nbformat.write(executed, path)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval", "-x", "-p", "no:cacheprovider", str(path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    number = code_cells(executed).index(cell)
+    assert run.returncode == 1, run.stdout
+    assert f"Cell {number}" in run.stdout and "mismatch" in run.stdout, run.stdout

@@ -1,0 +1,80 @@
+"""Render the site: python -m tools.site SCALE
+
+The sources are gathered in one folder (pages from book/, notebooks of the wanted scale, configuration), where the
+notebooks' setup cells are given the commit that they belong to, and Jupyter Book renders that folder with warnings as
+errors. Files that did not change are not touched, so that only pages that did are rendered.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tools import inputs
+
+UNSTAMPED = r"ref = \"main\""
+
+
+def gather(scale: str, site: Path, commit: str, root: Path = inputs.ROOT) -> None:
+    """Bring the folder `site` in line with the repository."""
+    notebooks = root / "book" if scale == "small" else root / "_build" / scale / "book"
+    names = [*inputs.pages(root), Path("_config.yml"), Path("_toc.yml")]
+    content = {name: (root / name).read_bytes() for name in names}
+    for chapter in inputs.chapters(root):
+        text = (notebooks / f"{chapter}.ipynb").read_text()
+        if text.count(UNSTAMPED) != 1:
+            raise ValueError(f'{chapter}.ipynb: expected ref = "main" once, in the setup cell')
+        content[Path("book") / f"{chapter}.ipynb"] = text.replace(
+            UNSTAMPED, UNSTAMPED.replace("main", commit)
+        ).encode()
+    for path in [path for path in site.rglob("*") if path.is_file()]:
+        if path.relative_to(site) not in content:
+            path.unlink()
+    for name, data in content.items():
+        path = site / name
+        if not path.exists() or path.read_bytes() != data:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def render(scale: str, root: Path = inputs.ROOT) -> Path:
+    """Render the site and return its front page.
+
+    Raises:
+        subprocess.CalledProcessError: If Jupyter Book fails or warns.
+    """
+    build = root / "_build" if scale == "small" else root / "_build" / scale
+    site = build / "site"
+    gather(scale, site, _commit(root))
+    # Jupyter Book puts its own _build folder under the output path.
+    target = root if scale == "small" else build
+    command = [
+        str(Path(sys.executable).with_name("jupyter-book")),
+        "build",
+        str(site),
+        "--path-output",
+        str(target),
+    ]
+    try:
+        subprocess.run([*command, "-W", "--keep-going", "-q"], check=True)
+    except subprocess.CalledProcessError:
+        # Sphinx warns about a page only when it reads it: without this the next run would find nothing wrong.
+        shutil.rmtree(target / "_build" / ".doctrees", ignore_errors=True)
+        raise
+    return target / "_build" / "html" / "index.html"
+
+
+def _commit(root: Path) -> str:
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "main"
+
+
+if __name__ == "__main__":
+    try:
+        print(f"Open {render(sys.argv[1])}")
+    except (subprocess.CalledProcessError, ValueError) as error:
+        sys.exit(f"The site could not be rendered: {error}")
