@@ -5,6 +5,7 @@ SCALE ?= small
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+PIP := $(BIN)/pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help book test quick serve lab records lock clean venv
@@ -19,14 +20,15 @@ help:
 	@echo "make lock                   resolve requirements.lock anew"
 	@echo "make clean                  remove what was made"
 
-# Installed once, and again when the lock file or the package's description changes.
+# Installed once, and again when the lock file changes.
 venv: $(VENV)/.installed
-$(VENV)/.installed: requirements.lock pyproject.toml Makefile
+$(VENV)/.installed: requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "Installing into $(VENV), from the lock file: some minutes, once"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) $(TORCH)
+	@$(PIP) --no-deps --require-hashes -r requirements.lock
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 book: venv
@@ -37,23 +39,24 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	@$(BIN)/snakemake --config scale=small
-	$(BIN)/pytest
-	$(BIN)/pytest --nbval book/
+	$(BIN)/python -m tools.site small
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --nbval book/
 
 quick: venv
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not browser"
 
 serve:
 	@test -f _build/html/index.html || (echo "There is no site yet: run make book" && exit 1)
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
 
+# Markdown opens as a notebook; the setting is kept here and not in your home.
 lab: venv
 	@test -f "chapters/$(CHAPTER).md" || (echo "Say which: make lab CHAPTER=$$(ls chapters | head -1 | sed 's/\.md//')" && exit 1)
-	@$(BIN)/python -c 'import jupyterlab' 2>/dev/null || $(BIN)/pip install --quiet jupyterlab
-	$(BIN)/jupyter lab --LabApp.default_url="/lab/tree/chapters/$(CHAPTER).md?factory=Jupytext%20Notebook"
+	@JUPYTER_CONFIG_DIR=$(CURDIR)/_build/lab $(BIN)/jupytext-config set-default-viewer markdown
+	JUPYTER_CONFIG_DIR=$(CURDIR)/_build/lab $(BIN)/jupyter lab chapters/$(CHAPTER).md
 
 records:
 	@test -d _build/full/records || (echo "No full-scale run has left records: make book SCALE=full on a GPU machine" && exit 1)

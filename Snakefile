@@ -45,7 +45,9 @@ rule chapter:
         update(f"{BOOK}/{{chapter}}.ipynb"),
     wildcard_constraints:
         chapter=r"\d\d_\w+",
-    threads: 2
+    # One thread a chapter, and as many chapters at a time as there are cores: the models are small, and threads that
+    # wait for each other on a busy machine cost more than they bring. It also makes sums come out alike everywhere.
+    threads: 1 if SCALE == "small" else 4
     resources:
         mem_mb=8000 if SCALE == "small" else 64000,
         gpu=0 if SCALE == "small" else 1,

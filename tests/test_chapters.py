@@ -216,7 +216,7 @@ def test_text_survives_the_round_trip_through_jupytext(chapter, root):
 def test_notebook_was_made_from_this_text_and_these_modules(chapter, text, executed):
     assert [cell.source for cell in code_cells(executed)] == inputs.code(text)
     assert executed.metadata["noise2tokens"]["digest"] == inputs.digest(chapter, "small"), (
-        "stale: run make book"
+        "stale: run make book; if it finds nothing to do, delete the notebook first"
     )
     plain = [
         cell.source

@@ -73,7 +73,7 @@ def run_times(folder: Path) -> str:
         total += run["seconds"]
         lines.append(
             f"| [](/book/{name}.ipynb) | {run['seconds']:.0f} | {run['peak_memory_gb']:.1f} | "
-            f"{run['hardware']}, {run['threads']} threads | {versions}, {run['date']} | {full} |"
+            f"{run['threads']} × {run['hardware']} | {versions}, {run['date']} | {full} |"
         )
     return "\n".join([*lines, f"| **All** | **{total:.0f}** | | | | |"])
 

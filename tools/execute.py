@@ -8,67 +8,20 @@ What the run measured is written into the notebook: seconds and memory into the 
 the sentences that quote them ({glue:text}`name:.2f`), so that the page and Colab show the same.
 """
 
-import hashlib
 import os
-import platform
 import re
-import resource
 import sys
-import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbformat
-import papermill
-import torch
 from nbformat import NotebookNode
-from papermill.engines import NBClientEngine, papermill_engines
-from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
 
-from noise2tokens.ledger import load_record
 from tools import inputs
+from tools.inputs import ChapterError, with_ids
 
 GLUE = re.compile(r"\{glue:text\}`(\w+)(?::([^`]+))?`")
 META = "noise2tokens"
-
-
-class ChapterError(Exception):
-    """A chapter that could not be made; the message names chapter, cell and error."""
-
-
-class Progress(NBClientEngine):
-    """papermill's engine, which also says which chapter and cell is running, and since when."""
-
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, chapter="", **options):
-        start, total = (
-            time.perf_counter(),
-            sum(cell.cell_type == "code" for cell in nb_man.nb.cells),
-        )
-        number, manager_start = 0, nb_man.cell_start
-
-        def cell_start(cell, cell_index=None, **kwargs):
-            nonlocal number
-            if cell.cell_type == "code":
-                number += 1
-                seconds = time.perf_counter() - start
-                print(
-                    f"{chapter}  cell {number:2} of {total}  {seconds:6.1f} s  {_headline(cell)}",
-                    flush=True,
-                )
-            return manager_start(cell, cell_index, **kwargs)
-
-        nb_man.cell_start = cell_start
-        # Sockets of the file system, which no other user can read; over TCP the kernel warns that they could.
-        local = Config({"KernelManager": {"transport": "ipc"}})
-        return super().execute_managed_notebook(nb_man, kernel_name, config=local, **options)
-
-
-papermill_engines.register("progress", Progress)
 
 
 def make(chapter: str, output: Path, parameters: dict[str, Any], root: Path = inputs.ROOT) -> bool:
@@ -95,7 +48,9 @@ def make(chapter: str, output: Path, parameters: dict[str, Any], root: Path = in
         run = last.metadata[META]
         print(f"{chapter}  code and modules unchanged, outputs kept", flush=True)
     else:
-        notebook, run = _execute(chapter, notebook, parameters, output)
+        from tools.run import execute
+
+        notebook, run = execute(chapter, notebook, parameters, output)
         run["digest"] = digest
     notebook.metadata[META] = run
     _finish(chapter, notebook, parameters["scale"], root)
@@ -108,70 +63,6 @@ def make(chapter: str, output: Path, parameters: dict[str, Any], root: Path = in
     else:
         output.touch()
     return not known
-
-
-def _execute(
-    chapter: str, notebook: NotebookNode, parameters: dict[str, Any], output: Path
-) -> tuple[NotebookNode, dict[str, Any]]:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / f"{chapter}.ipynb"
-        nbformat.write(_with_ids(notebook), path)
-        offered = papermill.inspect_notebook(str(path))
-        unknown = sorted(set(parameters) - set(offered))
-        if unknown:
-            raise ChapterError(
-                f"{chapter} has no parameter {', '.join(unknown)}; it has {', '.join(offered)}"
-            )
-        # Only what differs from the text is injected, so that a page at its defaults has no cell of its own for them.
-        changed = {
-            key: value
-            for key, value in parameters.items()
-            if repr(value) != _as_python(offered[key]["default"])
-        }
-        start = time.perf_counter()
-        try:
-            executed = papermill.execute_notebook(
-                str(path),
-                str(path),
-                changed,
-                engine_name="progress",
-                progress_bar=False,
-                chapter=chapter,
-                cwd=folder,
-            )
-        except PapermillExecutionError as error:
-            failed = (
-                output.parent / "failed" / output.name
-                if "_build" in output.parts
-                else Path("_build/failed") / output.name
-            )
-            failed.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(failed)
-            trace = "\n".join(error.traceback)
-            raise ChapterError(
-                f"{chapter}, cell {error.exec_count}: {error.ename}: {error.evalue}\n{trace}\n"
-                f"The notebook up to there: {failed}. The last good one is untouched."
-            ) from None
-        except Exception as error:  # the kernel died, or never started
-            raise ChapterError(
-                f"{chapter}: {type(error).__name__}: {error}. The last good notebook is untouched."
-            ) from error
-    seconds = time.perf_counter() - start
-    kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (
-        1024 if sys.platform == "darwin" else 1
-    )
-    return executed, {
-        "seconds": round(seconds, 1),
-        "peak_memory_gb": round(kilobytes * 1024 / 1e9, 2),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "noise2tokens": version("noise2tokens"),
-            "Python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def _finish(chapter: str, notebook: NotebookNode, scale: str, root: Path) -> None:
@@ -193,7 +84,7 @@ def _finish(chapter: str, notebook: NotebookNode, scale: str, root: Path) -> Non
         1, nbformat.v4.new_markdown_cell(_card(chapter, notebook.metadata[META], scale, root))
     )
     notebook.cells[1].metadata["tags"] = ["header-card"]
-    _with_ids(notebook)
+    with_ids(notebook)
 
 
 def _quote(chapter: str, match: re.Match, glued: dict[str, float]) -> str:
@@ -206,14 +97,18 @@ def _quote(chapter: str, match: re.Match, glued: dict[str, float]) -> str:
 def _card(chapter: str, run: dict[str, Any], scale: str, root: Path) -> str:
     before = [name for name in inputs.chapters(root)
               if name < chapter and f"{inputs.PACKAGE}.{name[3:]}" in inputs.modules(chapter, root)]  # fmt: skip
-    record = load_record(chapter, scale)
+    record = None
+    if scale == "full" or (root / "src" / inputs.PACKAGE / "records" / f"{chapter}.json").exists():
+        from noise2tokens.ledger import load_record
+
+        record = load_record(chapter, scale)
     full = "not measured yet" if record is None else (
         f"{record.device}: {record.seconds:.0f} s, {record.peak_memory_gb:.1f} GB of GPU memory"
     )  # fmt: skip
     rows = {
         "Builds on": ", ".join(f"[]({name}.ipynb)" for name in before) or "no earlier chapter",
         f"At {scale} scale": f"{run['seconds']:.0f} s and {run['peak_memory_gb']:.1f} GB, "
-        f"measured on {run['threads']} threads of {run['hardware']}",
+        f"measured on {run['threads']} thread{'s' * (run['threads'] > 1)} of {run['hardware']}",
         "At full scale": full,
         "Made with": ", ".join(
             f"{name} {number}" for name, number in sorted(run["versions"].items())
@@ -245,36 +140,6 @@ def _copy_outputs(executed: NotebookNode, notebook: NotebookNode) -> None:
         )
         notebook.cells[after + 1 : after + 1] = injected
     notebook.metadata.language_info = executed.metadata.language_info
-
-
-def _with_ids(notebook: NotebookNode) -> NotebookNode:
-    """Name cells by their content, so that a rebuild changes no line of the file that says the same."""
-    seen: dict[str, int] = {}
-    for cell in notebook.cells:
-        name = hashlib.sha256(cell.source.encode()).hexdigest()[:12]
-        seen[name] = seen.get(name, 0) + 1
-        cell["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
-    return notebook
-
-
-def _headline(cell: NotebookNode) -> str:
-    return next((line for line in cell.source.splitlines() if line.strip()), "")[:60]
-
-
-def _as_python(text: str) -> str:
-    return repr(text.strip("\"'")) if text[:1] in "\"'" else text
-
-
-def _processor() -> str:
-    """Name the processor as the system does; Python's own `platform` leaves it empty on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main(words: list[str]) -> int:

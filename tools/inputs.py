@@ -21,6 +21,10 @@ PACKAGE = "noise2tokens"
 LOCK = ROOT / "requirements.lock"
 
 
+class ChapterError(Exception):
+    """A chapter that could not be made; the message names chapter, cell and error."""
+
+
 def chapters(root: Path = ROOT) -> list[str]:
     """Name the chapters in reading order."""
     return sorted(path.stem for path in (root / "chapters").glob("[0-9][0-9]_*.md"))
@@ -118,3 +122,14 @@ def digest(chapter: str, scale: str, root: Path = ROOT) -> str:
         for path in files(chapter, root)
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def with_ids(notebook: NotebookNode) -> NotebookNode:
+    """Name cells by their content, so that a rebuild changes no line of the file that says the same."""
+    seen: dict[str, int] = {}
+    for cell in notebook.cells:
+        name = hashlib.sha256(cell.source.encode()).hexdigest()[:12]
+        seen[name] = seen.get(name, 0) + 1
+        cell["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
