@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check
 help:
 	@echo "make book [SCALE=full]      execute the chapters that changed and render the site"
 	@echo "make test                   units, parities, notebooks compared, the site in a browser"
-	@echo "make quick                  the tests that take seconds"
+	@echo "make quick                  the tests that build and execute nothing"
 	@echo "make serve                  read the site at http://127.0.0.1:8000"
 	@echo "make lab CHAPTER=02_nice    edit a chapter in JupyterLab"
 	@echo "make records                keep the records of the last full-scale run"

@@ -172,6 +172,11 @@ def test_code_cells_are_short(text):
     assert [line for line in wide if line not in SETUP] == []
 
 
+def test_no_cell_ends_in_a_semicolon(text):
+    """nbval runs cells without history, where IPython does not see it: the value would come back as a mismatch."""
+    assert [cell for cell in inputs.code(text) if cell.rstrip().endswith(";")] == []
+
+
 def test_defines_no_model_and_no_algorithm(text):
     for cell in code_cells(text):
         for node in ast.walk(ast.parse(TransformerManager().transform_cell(cell.source))):

@@ -70,10 +70,11 @@ def run_times(folder: Path) -> str:
         full = (
             "not measured yet" if record is None else f"{record.seconds:.0f} s on {record.device}"
         )
+        threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
         total += run["seconds"]
         lines.append(
             f"| [](/book/{name}.ipynb) | {run['seconds']:.0f} | {run['peak_memory_gb']:.1f} | "
-            f"{run['threads']} × {run['hardware']} | {versions}, {run['date']} | {full} |"
+            f"{threads} of {run['hardware']} | {versions}, {run['date']} | {full} |"
         )
     return "\n".join([*lines, f"| **All** | **{total:.0f}** | | | | |"])
 
