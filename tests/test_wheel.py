@@ -14,6 +14,7 @@ import papermill
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 
+import tools.run  # noqa: F401 (registers the engine "progress")
 from tools import execute, inputs
 
 pytestmark = pytest.mark.slow
