@@ -30,7 +30,7 @@ from noise2tokens.realnvp_glow import (  # noqa: E402
     checkerboard,
     class_walk,
     convnet,
-    evaluate_images,
+    evaluate,
     fit_images,
     fit_points,
     glow_step,
@@ -506,7 +506,7 @@ def test_fit_images_starts_from_data_and_learns():
         dequantise(part.flatten(1), 17, torch.Generator().manual_seed(1))
         for part in (images[:1200], images[1400:])
     ]
-    ours = evaluate_images(flow, images[1400:], 17).mean()
+    ours = evaluate(flow, images[1400:], 17).mean()
     assert ours > gaussian_log_prob(*noisy, diagonal=True).mean()
     assert len(history.losses) == 120 and history.best_step > 0
 
@@ -515,24 +515,24 @@ def test_fit_images_starts_from_data_and_learns():
 def without_noise(monkeypatch):
     """Dequantise to the middle of the cell, so that values can be compared."""
     monkeypatch.setattr(
-        "noise2tokens.realnvp_glow.dequantise", lambda v, levels, generator: (v + 0.5) / levels
+        "noise2tokens.nice.dequantise", lambda v, levels, generator: (v + 0.5) / levels
     )
 
 
-def test_evaluate_images_in_parts_is_the_log_density_of_each(without_noise):
+def test_evaluate_in_parts_is_the_log_density_of_each(without_noise):
     images = digits()[0][:10, None]
     torch.manual_seed(0)
     flow = Glow((1, 8, 8), 1, 1, 8)
-    parts = evaluate_images(flow, images, 17, draws=3, batch_size=4)
+    parts = evaluate(flow, images, 17, draws=3, batch_size=4)
     with torch.no_grad():
         torch.testing.assert_close(parts, flow.log_prob((images + 0.5) / 17))
 
 
-def test_evaluate_images_draws_noise_from_its_seed():
+def test_evaluate_draws_noise_from_its_seed():
     images = digits()[0][:10, None]
     torch.manual_seed(0)
     flow = Glow((1, 8, 8), 1, 1, 8)
-    first, again, other = (evaluate_images(flow, images, 17, draws=1, seed=s) for s in (0, 0, 1))
+    first, again, other = (evaluate(flow, images, 17, draws=1, seed=s) for s in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from noise2tokens.training import live, seed_everything, train
+from noise2tokens.training import live, running_average, seed_everything, train
 
 
 class Point(nn.Module):
@@ -188,3 +188,31 @@ def test_outside_a_notebook_live_means_a_terminal(monkeypatch):
     for answer in (True, False):
         monkeypatch.setattr("sys.stderr.isatty", lambda answer=answer: answer, raising=False)
         assert live() is answer
+
+
+def test_running_average_is_the_sum_it_says():
+    """After the first update, which copies, w̄ ← d w̄ + (1 - d) w: unrolled by hand."""
+    model = nn.Linear(1, 1, bias=False)
+    average = running_average(model, 0.9)
+    seen = []
+
+    def loss(x):
+        seen.append(model.weight.detach().clone())  # the weights before this step
+        return (model(x) - 1).square().mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(
+        model, loss, torch.ones(8, 1), steps=5, batch_size=4, optimizer=optimizer, average=average
+    )
+    after = [*seen[1:], model.weight.detach()]
+    expected = after[0]
+    for weight in after[1:]:
+        expected = 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(average.module.weight.detach(), expected)
+    assert not torch.allclose(expected, model.weight)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_running_average_needs_a_share(decay):
+    with pytest.raises(ValueError, match="decay"):
+        running_average(nn.Linear(1, 1), decay)

@@ -15,10 +15,9 @@ META = "noise2tokens"
 
 
 def notebooks(folder: Path) -> list[tuple[str, nbformat.NotebookNode]]:
-    """Read the executed chapters in reading order."""
+    """Read the executed chapters in reading order, then the syntheses."""
     return [
-        (path.stem, nbformat.read(path, as_version=4))
-        for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+        (path.stem, nbformat.read(path, as_version=4)) for path in sorted(folder.glob("*.ipynb"))
     ]
 
 
@@ -86,7 +85,7 @@ class Collected(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         folder = Path(self.env.srcdir) / "book"
-        for path in folder.glob("[0-9][0-9]_*.ipynb"):
+        for path in folder.glob("*.ipynb"):
             self.env.note_dependency(str(path))
         return self.parse_text_to_nodes(self.collect(folder), allow_section_headings=True)
 

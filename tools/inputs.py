@@ -8,6 +8,7 @@ needs no execution, from an edit of the code, and a fresh clone, whose time stam
 import ast
 import hashlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -26,8 +27,9 @@ class ChapterError(Exception):
 
 
 def chapters(root: Path = ROOT) -> list[str]:
-    """Name the chapters in reading order."""
-    return sorted(path.stem for path in (root / "chapters").glob("[0-9][0-9]_*.md"))
+    """Name what is executed: the chapters in reading order, then the syntheses that end a part of the book."""
+    names = (path.stem for path in (root / "chapters").glob("*.md"))
+    return sorted(name for name in names if re.fullmatch(r"(\d\d|part\d)_\w+", name))
 
 
 def pages(root: Path = ROOT) -> list[Path]:

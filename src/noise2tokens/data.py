@@ -276,7 +276,7 @@ def toy(name: str, n: int, generator: Generator) -> Float32[Tensor, "{n} 2"]:
         centres = arcs[torch.randint(2, (n,), generator=generator), torch.arange(n)]
         points = centres + MOONS_NOISE * torch.randn(n, 2, generator=generator)
         return (points - torch.tensor(MOONS_MEAN)) / torch.tensor(MOONS_STD)
-    centres = _eight_centres().float()[torch.randint(8, (n,), generator=generator)]
+    centres = eight_gaussian_centres().float()[torch.randint(8, (n,), generator=generator)]
     return centres + EIGHT_STD * torch.randn(n, 2, generator=generator)
 
 
@@ -313,7 +313,7 @@ def eight_gaussians_log_density(x: Float[Tensor, "n 2"]) -> Float[Tensor, "n"]:
         1.1231.
     """
     weights = torch.full((8,), 1 / 8, dtype=torch.float64)
-    return _mixture(x.double(), _eight_centres(), weights, EIGHT_STD).to(x.dtype)
+    return _mixture(x.double(), eight_gaussian_centres(), weights, EIGHT_STD).to(x.dtype)
 
 
 def _moon_arcs(angle: Float[Tensor, "n"]) -> Float[Tensor, "2 n 2"]:
@@ -321,7 +321,8 @@ def _moon_arcs(angle: Float[Tensor, "n"]) -> Float[Tensor, "2 n 2"]:
     return torch.stack([torch.stack([x, y], -1), torch.stack([1 - x, 0.5 - y], -1)])
 
 
-def _eight_centres() -> Float[Tensor, "8 2"]:
+def eight_gaussian_centres() -> Float[Tensor, "8 2"]:
+    """Return the centres of `toy("eight_gaussians", ...)`, in float64."""
     angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
     return EIGHT_RADIUS * torch.stack([angle.cos(), angle.sin()], -1)
 

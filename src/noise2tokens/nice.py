@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from noise2tokens.data import dequantise
+from noise2tokens.distribution_transforms.networks import mlp
 from noise2tokens.training import History, train
 
 
@@ -177,15 +178,6 @@ class AdditiveCoupling(Flow):
         x = y.clone()
         x[:, self.moved] -= self.shift(y[:, self.kept])
         return x
-
-
-def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
-    """Build a rectified network with a linear output."""
-    layers: list[nn.Module] = []
-    for width in hidden:
-        layers += [nn.Linear(inputs, width), nn.ReLU()]
-        inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
 class Permute(Flow):
@@ -404,24 +396,34 @@ def fit(
 
 @torch.no_grad()
 def evaluate(
-    flow: Flow, images: Real[Tensor, "n dim"], levels: int, *, draws: int = 10, seed: int = 0
+    flow: Flow,
+    images: Real[Tensor, "n *event"],
+    levels: int,
+    *,
+    draws: int = 10,
+    batch_size: int = 1000,
+    seed: int = 0,
 ) -> Float[Tensor, "n"]:
     """Return the log-density of each dequantised image, in nats, averaged over draws of the noise.
 
     Args:
         flow: The model, on the device of the images.
-        images: Integer pixel values, flattened.
+        images: Integer pixel values, in the shape of the flow's samples.
         levels: Number of values a pixel can take.
         draws: Noise draws for each image.
+        batch_size: Images at a time, for the memory's sake.
         seed: Of the noise.
 
     Returns:
         One value for each image.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
-    return torch.stack(
-        [flow.log_prob(dequantise(images, levels, generator)) for _ in range(draws)]
-    ).mean(0)
+    return torch.cat(
+        [
+            sum(flow.log_prob(dequantise(part, levels, generator)) for _ in range(draws)) / draws
+            for part in images.split(batch_size)
+        ]
+    )
 
 
 def mnist_experiment(

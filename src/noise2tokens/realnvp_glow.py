@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from noise2tokens.data import dequantise
-from noise2tokens.nice import Chain, Flow, mlp
+from noise2tokens.nice import Chain, Flow, evaluate, mlp
 from noise2tokens.training import History, train
 
 BOUND = 3.0
@@ -650,42 +650,10 @@ def fit_images(
         batch_size=batch_size,
         optimizer=optimizer,
         # The same noise at every validation, so that its values differ by the weights alone.
-        validate=lambda: -evaluate_images(flow, validation, levels, draws=1).mean().item(),
+        validate=lambda: -evaluate(flow, validation, levels, draws=1).mean().item(),
         validate_every=validate_every,
         schedule=schedule,
         label=type(flow).__name__,
-    )
-
-
-@torch.no_grad()
-def evaluate_images(
-    flow: Flow,
-    images: Real[Tensor, "n c h w"],
-    levels: int,
-    *,
-    draws: int = 10,
-    batch_size: int = 1000,
-    seed: int = 0,
-) -> Float[Tensor, "n"]:
-    """Return the log-density of each dequantised image, in nats, averaged over draws of the noise.
-
-    Args:
-        flow: The model, on the device of the images.
-        images: Integer pixel values.
-        levels: Number of values a pixel can take.
-        draws: Noise draws for each image.
-        batch_size: Images at a time, for the memory's sake.
-        seed: Of the noise.
-
-    Returns:
-        One value for each image.
-    """
-    generator = torch.Generator(images.device).manual_seed(seed)
-    return torch.cat(
-        [
-            sum(flow.log_prob(dequantise(part, levels, generator)) for _ in range(draws)) / draws
-            for part in images.split(batch_size)
-        ]
     )
 
 
@@ -768,7 +736,7 @@ def mnist_experiment(
         validate_every=max(1, steps // 25),
     )
     border = 32 * 32 - test_images[0].numel()
-    scores = evaluate_images(flow, test_pixels, 256) - border * math.log(256)
+    scores = evaluate(flow, test_pixels, 256) - border * math.log(256)
     return flow, history, scores
 
 

@@ -20,6 +20,7 @@ import torch
 from IPython import get_ipython
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 
@@ -83,6 +84,7 @@ def train(
     validate: Callable[[], float] | None = None,
     validate_every: int = 100,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    average: AveragedModel | None = None,
     label: str = "training",
 ) -> History:
     """Minimise a loss over minibatches; keep the weights that validate best.
@@ -99,6 +101,7 @@ def train(
             after the last, in `eval` mode without gradients. The model ends with the weights of the best call.
         validate_every: Steps between two calls of `validate`.
         schedule: Learning-rate schedule, stepped once a step.
+        average: A running average of the weights, updated once a step; see `running_average`.
         label: Name on the progress bar.
 
     Returns:
@@ -158,6 +161,8 @@ def train(
             optimizer.step()
             if schedule is not None:
                 schedule.step()
+            if average is not None:
+                average.update_parameters(model)
             pending.append(value.detach())
             if step % validate_every == 0 or step == steps:
                 settle(step)
@@ -167,6 +172,24 @@ def train(
     model.eval()
     history.seconds = time.perf_counter() - start
     return history
+
+
+def running_average(model: nn.Module, decay: float = 0.999) -> AveragedModel:
+    """Make a copy of a model that follows it slowly, for `train` to update and for the caller to sample from.
+
+    Args:
+        model: Whose weights to follow; buffers are followed too.
+        decay: Share of the old average that a step keeps; 1 / (1 - decay) steps is its memory.
+
+    Returns:
+        A module called like the model. It starts as a copy of the weights at the first update.
+
+    Raises:
+        ValueError: If the decay is not in [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must lie in [0, 1), got {decay}")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def _epochs(data: Tensor, batch_size: int) -> Callable[[int], Tensor]:
