@@ -252,6 +252,17 @@ def test_notebook_ran_from_top_to_bottom_without_error(executed):
     )
 
 
+def test_no_cell_shows_the_insides_of_an_object(executed):
+    """The value of a last line is shown: a training curve or a ledger's row is not for reading. Say `_ = ...`."""
+    shown = [
+        output.data["text/plain"]
+        for cell in code_cells(executed)
+        for output in cell.outputs
+        if output.output_type == "execute_result"
+    ]
+    assert [text[:60] for text in shown if re.match(r"\w+\(\w+=", text)] == []
+
+
 def test_notebook_holds_no_time_stamps_and_no_unresolved_number(executed):
     assert "papermill" not in executed.metadata
     assert not any({"papermill", "execution"} & set(cell.metadata) for cell in executed.cells)

@@ -88,5 +88,5 @@ def test_table_has_a_row_for_each_and_times_relative_to_the_first():
     ]
     lines = table(rows).splitlines()
     assert len(lines) == 4
-    assert lines[2] == "| A | – | none | 0.50 | 1 | 1× |"
+    assert lines[2] == "| A | – | none | 0.50 | 1 | 1.0× |"
     assert lines[3] == "| B | 0.25 | exact | 0.12 | 20 | 12× |"

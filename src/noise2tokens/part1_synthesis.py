@@ -142,8 +142,9 @@ def table(entries: Iterable[Entry]) -> str:
     ]
     for e in entries:
         gap = "–" if e.gap is None else f"{e.gap:.2f}"
+        times = e.seconds / entries[0].seconds
         lines.append(
             f"| {e.method} | {gap} | {e.how} | {e.distance:.2f} | {e.evaluations} | "
-            f"{e.seconds / entries[0].seconds:.0f}× |"
+            f"{times:.{0 if times >= 10 else 1}f}× |"
         )
     return "\n".join(lines)
