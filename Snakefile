@@ -44,7 +44,7 @@ rule chapter:
     output:
         update(f"{BOOK}/{{chapter}}.ipynb"),
     wildcard_constraints:
-        chapter=r"(\d\d|part\d)_\w+",
+        chapter="|".join(CHAPTERS),
     # One thread a chapter, and as many chapters at a time as there are cores: the models are small, and threads that
     # wait for each other on a busy machine cost more than they bring. It also makes sums come out alike everywhere.
     threads: 1 if SCALE == "small" else 4

@@ -17,10 +17,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 from tools import inputs
 
 CHAPTERS = inputs.chapters()
-# A synthesis at the end of a part compares chapters; it teaches nothing new, and is free in its form.
-numbered = pytest.mark.parametrize(
-    "chapter", [name for name in CHAPTERS if name[:2].isdigit()], indirect=True
-)
+# A synthesis at the end of a part compares chapters; it is free in its form.
+numbered = pytest.mark.parametrize("chapter", inputs.numbered(), indirect=True)
 SECTIONS = [
     "The problem",
     "The experiment",

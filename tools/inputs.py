@@ -32,6 +32,11 @@ def chapters(root: Path = ROOT) -> list[str]:
     return sorted(name for name in names if re.fullmatch(r"(\d\d|part\d)_\w+", name))
 
 
+def numbered(root: Path = ROOT) -> list[str]:
+    """Name the chapters without the syntheses, which compare chapters and teach nothing new."""
+    return [name for name in chapters(root) if name[:2].isdigit()]
+
+
 def pages(root: Path = ROOT) -> list[Path]:
     """List what the site is made of beside the chapters: pages, pictures, styles, and the code that renders them."""
     found = [
