@@ -5,7 +5,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from noise2tokens.data import digits, eight_gaussian_centres, mnist
 from noise2tokens.ddim_ode.experiment import (
     NOISES,
     mnist_experiment,
@@ -35,16 +34,18 @@ from noise2tokens.flow_vs_diffusion.cnf import exact_divergence, log_likelihood
 from noise2tokens.flow_vs_diffusion.diffusion import NoiseSchedule, posterior
 from noise2tokens.flow_vs_diffusion.integrators import integrate
 from noise2tokens.flow_vs_diffusion.mixture import GaussianMixture
-from noise2tokens.flow_vs_diffusion.networks import TimeMLP
 from noise2tokens.flow_vs_diffusion.paths import (
     LinearPath,
     VarianceExplodingPath,
     VariancePreservingPath,
     per_sample,
 )
+from noise2tokens.images import digits, mnist
+from noise2tokens.networks import TimeMLP
+from noise2tokens.toys import EightGaussians
 
 VP = VariancePreservingPath()
-MIXTURE = GaussianMixture(eight_gaussian_centres(), 0.15)
+MIXTURE = GaussianMixture(EightGaussians().means, 0.15)
 LINEAR = NoiseSchedule.linear()
 
 
@@ -169,7 +170,7 @@ def test_the_golden_sums_of_diffusers_come_out(first, predicts, last, golden):
     assert final.abs().sum().item() == pytest.approx(golden, abs=5e-4)
 
 
-def test_with_eta_one_neighbours_are_the_posterior_of_chapter_4():
+def test_with_eta_one_neighbors_are_the_posterior_of_chapter_4():
     x0, x, noise = (samples(5, 3, seed=i) for i in range(3))
     for n in (1, 2, 500, 1000):
         alpha_bar = LINEAR.alpha_bar[n]
@@ -541,8 +542,8 @@ def test_samples_follow_the_heat_equation_and_back():
 
 
 def test_a_trained_network_samples_better_with_more_steps_and_with_less_noise():
-    centres = eight_gaussian_centres().float()
-    data = GaussianMixture(centres, 0.15).sample(4000, torch.Generator().manual_seed(0))
+    centers = EightGaussians().means.float()
+    data = GaussianMixture(centers, 0.15).sample(4000, torch.Generator().manual_seed(0))
     chain = chain_of(VP, 1000)
     torch.manual_seed(0)
     network, history = train_denoiser(TimeMLP(2, 64, 3), chain, data, steps=700)

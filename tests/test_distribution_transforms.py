@@ -14,7 +14,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal, kl_divergence
 
-from noise2tokens.data import digits, mnist, moons_log_density, toy
 from noise2tokens.distribution_transforms.distances import (
     classifier_two_sample_test,
     donsker_varadhan,
@@ -37,13 +36,12 @@ from noise2tokens.distribution_transforms.gan import (
     non_saturating_loss,
 )
 from noise2tokens.distribution_transforms.gan import mnist_experiment as gan_experiment
-from noise2tokens.distribution_transforms.networks import mlp
 from noise2tokens.distribution_transforms.quantile import knothe_rosenblatt, quantile_transform
 from noise2tokens.distribution_transforms.vae import (
     VAE,
     ConditionalVAE,
     bernoulli_log_prob,
-    binarise,
+    binarize,
     elbo_bound,
     evaluate,
     gaussian_kl,
@@ -51,8 +49,11 @@ from noise2tokens.distribution_transforms.vae import (
     mnist_classes_experiment,
     mnist_experiment,
     normal_log_prob,
-    reparameterise,
+    reparameterize,
 )
+from noise2tokens.images import digits, mnist
+from noise2tokens.networks import mlp
+from noise2tokens.toys import Moons
 
 
 def draws(*shape, seed=0):
@@ -200,8 +201,8 @@ def test_classifier_two_sample_test_by_hand():
     labels = [0] * 20 + [1] * 20, [0] * 21 + [1] * 21
     model = LogisticRegression().fit(train, labels[0])
     same(classifier_two_sample_test(x, y, LogisticRegression(), 7), model.score(test, labels[1]))
-    neighbours = KNeighborsClassifier(7).fit(train, labels[0])  # √40 = 6.3
-    same(classifier_two_sample_test(x, y, seed=7), neighbours.score(test, labels[1]))
+    neighbors = KNeighborsClassifier(7).fit(train, labels[0])  # √40 = 6.3
+    same(classifier_two_sample_test(x, y, seed=7), neighbors.score(test, labels[1]))
 
 
 def test_classifier_two_sample_test_of_gaussians():
@@ -296,10 +297,10 @@ def test_knothe_rosenblatt_has_the_grids_density_by_its_jacobian():
 def test_knothe_rosenblatt_makes_moons():
     edges = torch.linspace(-2.6, 2.6, 201)
     middle = (edges[1:] + edges[:-1]) / 2
-    mass = moons_log_density(torch.cartesian_prod(middle, middle)).exp().view(200, 200)
+    mass = Moons().log_prob(torch.cartesian_prod(middle, middle)).exp().view(200, 200)
     z = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
     x = knothe_rosenblatt(z, mass, (edges, edges))
-    real, other = (toy("moons", 1000, torch.Generator().manual_seed(s)) for s in (1, 2))
+    real, other = (Moons().sample(1000, torch.Generator().manual_seed(s)) for s in (1, 2))
     assert energy_distance(x, real) < 0.01 + energy_distance(other, real)
     assert energy_distance(z, real) > 0.03
 
@@ -308,9 +309,9 @@ def test_knothe_rosenblatt_makes_moons():
 
 
 def test_gaussian_kl_is_that_of_torch():
-    mean, log_var, centre = draws(5, 3), draws(5, 3, seed=1), draws(5, 3, seed=2)
+    mean, log_var, center = draws(5, 3), draws(5, 3, seed=1), draws(5, 3, seed=2)
     q = Independent(Normal(mean, (log_var / 2).exp()), 1)
-    for middle, args in ((torch.zeros(5, 3), ()), (centre, (centre,))):
+    for middle, args in ((torch.zeros(5, 3), ()), (center, (center,))):
         expected = kl_divergence(q, Independent(Normal(middle.double(), 1.0), 1))
         torch.testing.assert_close(gaussian_kl(mean, log_var, *args), expected)
     assert gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
@@ -331,15 +332,15 @@ def test_soft_targets_are_the_mean_over_binary_images():
         weight = Bernoulli(x[0]).log_prob(bits).sum().exp()
         expected += weight * Bernoulli(logits=logits[0]).log_prob(bits).sum()
     same(bernoulli_log_prob(logits, x)[0], expected)
-    mean = binarise(x.expand(20_000, 3), torch.Generator().manual_seed(0)).mean(0)
+    mean = binarize(x.expand(20_000, 3), torch.Generator().manual_seed(0)).mean(0)
     assert (mean - x[0]).abs().max() < 0.015
 
 
-def test_reparameterised_draws_and_their_gradients():
+def test_reparameterized_draws_and_their_gradients():
     mean, log_std = torch.tensor([0.7, -1.0]).double(), torch.tensor([0.2, -0.5]).double()
     log_var = (2 * log_std).requires_grad_()
     mean.requires_grad_()
-    z = reparameterise(mean, log_var, draws(400_000, 2))
+    z = reparameterize(mean, log_var, draws(400_000, 2))
     torch.testing.assert_close(z.mean(0), mean, atol=0.01, rtol=0)
     torch.testing.assert_close(z.std(0), log_std.exp(), atol=0.01, rtol=0)
     # E z² = μ² + σ², whose derivatives are 2μ, and σ² by log σ².
@@ -369,8 +370,8 @@ def test_a_linear_vae_reaches_probabilistic_pca(diagonal):
     middle, x = draws(5, seed=1), draws(40, 5, seed=2)
     marginal = MultivariateNormal(middle, weight @ weight.T + noise**2 * torch.eye(5).double())
     m = weight.T @ weight + noise**2 * torch.eye(2).double()
-    centre = (x - middle) @ weight @ torch.linalg.inv(m)
-    posterior = MultivariateNormal(centre, noise**2 * torch.linalg.inv(m))
+    center = (x - middle) @ weight @ torch.linalg.inv(m)
+    posterior = MultivariateNormal(center, noise**2 * torch.linalg.inv(m))
     torch.manual_seed(0)
     z = posterior.sample((8,))
 
@@ -385,16 +386,16 @@ def test_a_linear_vae_reaches_probabilistic_pca(diagonal):
         torch.testing.assert_close(bound(weights), exact)
 
     # The best diagonal encoder: the same mean, and the inverse of the diagonal of the precision.
-    log_var = (noise**2 / m.diagonal()).log().expand_as(centre)
-    z = reparameterise(centre, log_var, draws(4000, 40, 2, seed=4))
-    weights = joint(z) - normal_log_prob(z, centre, log_var)
+    log_var = (noise**2 / m.diagonal()).log().expand_as(center)
+    z = reparameterize(center, log_var, draws(4000, 40, 2, seed=4))
+    weights = joint(z) - normal_log_prob(z, center, log_var)
     gap = 0.5 * (m.diagonal().log().sum() - torch.logdet(m))
     torch.testing.assert_close(elbo_bound(weights).mean(), exact.mean() - gap, atol=0.01, rtol=0)
     assert (gap > 0.05) != diagonal
     # The same bound in its other form, with the KL term in closed form.
     decoded = z @ weight.T + middle
     fit = normal_log_prob(x, decoded, torch.full_like(decoded, 2 * math.log(noise))).mean(0)
-    bound = (fit - gaussian_kl(centre, log_var)).mean()
+    bound = (fit - gaussian_kl(center, log_var)).mean()
     torch.testing.assert_close(bound, exact.mean() - gap, atol=0.02, rtol=0)
     assert iwae_bound(weights).mean() > exact.mean() - gap / 2 - 1e-6
 
@@ -427,17 +428,17 @@ def test_the_elbo_of_the_model_is_its_definition(vae):
     torch.testing.assert_close(vae.elbo(x), reconstruction - kl)
 
 
-def exact_log_likelihood(vae, x, centre=0.0):
+def exact_log_likelihood(vae, x, center=0.0):
     """Integrate over the two latents on a grid."""
     axis = torch.linspace(-8, 8, 321, dtype=torch.float64)
-    z = torch.cartesian_prod(axis, axis) + centre
+    z = torch.cartesian_prod(axis, axis) + center
     log_p = Bernoulli(logits=vae.decoder(z)).log_prob(x[:, None]).sum(-1)
-    log_p = log_p + Normal(0.0, 1.0).log_prob(z - centre).sum(-1)
+    log_p = log_p + Normal(0.0, 1.0).log_prob(z - center).sum(-1)
     return log_p.logsumexp(-1) + 2 * math.log(axis[1] - axis[0])
 
 
 def test_evaluate_bounds_the_integral_and_converges_to_it(vae):
-    x = binarise(pixels(6, 6), torch.Generator().manual_seed(0))
+    x = binarize(pixels(6, 6), torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in vae.decoder.parameters():
             parameter.mul_(3)  # so that the latent matters
@@ -471,19 +472,19 @@ def test_a_conditional_vae_moves_only_the_prior():
     x, labels = pixels(5, 6), torch.tensor([0, 1, 2, 1, 0])
     mean, log_var = model.encode(x)
     _, kl = model.terms(x, labels)
-    distance = mean - model.centres[labels]
+    distance = mean - model.centers[labels]
     expected = 0.5 * (distance**2 + log_var.exp() - log_var - 1).sum(1)
     torch.testing.assert_close(kl, expected)
-    (slope,) = torch.autograd.grad(kl.sum(), model.centres)
+    (slope,) = torch.autograd.grad(kl.sum(), model.centers)
     torch.testing.assert_close(slope[2], -distance[2])
     with torch.no_grad():
-        x = binarise(x, torch.Generator().manual_seed(0))
-        exact = exact_log_likelihood(model, x[2:3], model.centres[2])
+        x = binarize(x, torch.Generator().manual_seed(0))
+        exact = exact_log_likelihood(model, x[2:3], model.centers[2])
         weights = model.log_weights(x[2:3], 20_000, labels[2:3])
     torch.testing.assert_close(iwae_bound(weights), exact, atol=0.02, rtol=0)
     many = model.sample(2000, torch.full((2000,), 1), torch.Generator().manual_seed(0))
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
-    decoded = model.decoder(noise.double() + model.centres[1]).sigmoid()
+    decoded = model.decoder(noise.double() + model.centers[1]).sigmoid()
     torch.testing.assert_close(many, decoded.detach(), atol=1e-5, rtol=0)
 
 
@@ -748,11 +749,11 @@ def test_metrics_rank_a_vae_and_a_diagonal_gaussian_oppositely():
 
 
 def test_full_scale_experiments_run_on_a_slice(monkeypatch):
-    binarised = []
+    binarized = []
 
     def counted(x, generator=None):
-        binarised.append(len(x))
-        return binarise(x, generator)
+        binarized.append(len(x))
+        return binarize(x, generator)
 
     weighted, log_weights = [], VAE.log_weights
 
@@ -760,7 +761,7 @@ def test_full_scale_experiments_run_on_a_slice(monkeypatch):
         weighted.append(draws)
         return log_weights(self, x, draws)
 
-    monkeypatch.setattr("noise2tokens.distribution_transforms.vae.binarise", counted)
+    monkeypatch.setattr("noise2tokens.distribution_transforms.vae.binarize", counted)
     monkeypatch.setattr(VAE, "log_weights", weigh)
     device = torch.device("cpu")
     images = torch.randint(0, 256, (30, 28, 28), generator=torch.Generator().manual_seed(0))
@@ -776,7 +777,7 @@ def test_full_scale_experiments_run_on_a_slice(monkeypatch):
         assert (bound >= elbo).all() and (bound < -300).all()
         assert [p.shape[0] for p in model.encoder.parameters()][::2] == [200, 200, 100]
     start = -history.losses[0]
-    assert binarised == [7, 8, 8, 8] * 2  # the test images once, the training images at each look
+    assert binarized == [7, 8, 8, 8] * 2  # the test images once, the training images at each look
     assert weighted == [50, 10] + [5, 5, 5, 50, 10]
     assert start == pytest.approx(-784 * math.log(2), rel=0.1)
     conditional = mnist_classes_experiment(images, labels, device, steps=3, batch_size=8)

@@ -12,12 +12,11 @@ from torchcfm.optimal_transport import OTPlanSampler
 from torchdiffeq import odeint
 
 from noise2tokens import rectified_flow
-from noise2tokens.data import eight_gaussian_centres, toy
 from noise2tokens.flow_vs_diffusion.flow_matching import cfm_loss
 from noise2tokens.flow_vs_diffusion.integrators import dormand_prince
 from noise2tokens.flow_vs_diffusion.mixture import GaussianMixture
-from noise2tokens.flow_vs_diffusion.networks import TimeMLP
 from noise2tokens.flow_vs_diffusion.paths import LinearPath
+from noise2tokens.networks import TimeMLP
 from noise2tokens.rectified_flow import (
     crossing,
     distill,
@@ -36,9 +35,10 @@ from noise2tokens.rectified_flow import (
     transport_pairs,
     uniform_times,
 )
+from noise2tokens.toys import EightGaussians
 from noise2tokens.training import running_average
 
-MIXTURE = GaussianMixture(eight_gaussian_centres(), 0.15)
+MIXTURE = GaussianMixture(EightGaussians().means, 0.15)
 M, STD = 1.0, 0.3
 CPU = torch.device("cpu")
 
@@ -205,7 +205,7 @@ def test_independent_pairs_lie_side_by_side():
 
 
 def test_transport_pairs_are_the_optimal_plan_of_torchcfm_in_each_batch():
-    x0, x1 = toy("eight_gaussians", 96, torch.Generator().manual_seed(0)).double(), normal(96, 2)
+    x0, x1 = EightGaussians().sample(96, torch.Generator().manual_seed(0)).double(), normal(96, 2)
     pairs = transport_pairs(x0, x1, 32)
     same(pairs[:, 0], x0)
     for k in range(3):
@@ -425,7 +425,7 @@ def test_reflow_straightens_a_learned_flow():
     one = TimeMLP(2, 64)
     fit(
         one,
-        lambda n: independent_pairs(toy("eight_gaussians", n, draws), torch.randn(n, 2)),
+        lambda n: independent_pairs(EightGaussians().sample(n, draws), torch.randn(n, 2)),
         steps=600,
     )
     pairs = reflow(one, torch.randn(5000, 2), tolerance=1e-3)

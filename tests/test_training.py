@@ -1,12 +1,13 @@
 """The training loop: what it keeps, what it draws, what it refuses."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from noise2tokens.training import live, running_average, seed_everything, train
+from noise2tokens.training import fit, live, running_average, seed_everything, train
 
 
 class Point(nn.Module):
@@ -216,3 +217,68 @@ def test_running_average_is_the_sum_it_says():
 def test_running_average_needs_a_share(decay):
     with pytest.raises(ValueError, match="decay"):
         running_average(nn.Linear(1, 1), decay)
+
+
+def rates_of(steps, **options):
+    """The learning rate of each step that `fit` takes."""
+    model, rates = Point(0.0), []
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 0.8}])
+
+    def note(step):
+        assert not torch.is_grad_enabled()
+        rates.append((step, (before - model.value).item()))
+
+    def loss(batch):
+        nonlocal before
+        before = model.value.detach().clone()
+        return model.value + 0 * batch.sum()
+
+    before = torch.zeros(())
+    fit(
+        model,
+        loss,
+        torch.ones(2, 1),
+        steps=steps,
+        batch_size=1,
+        optimizer=optimizer,
+        after_step=note,
+        **options,
+    )
+    assert [step for step, _ in rates] == list(range(1, steps + 1))
+    return [rate for _, rate in rates]
+
+
+def test_fit_warms_up_linearly_and_falls_along_a_cosine():
+    rates = rates_of(10, warmup=0.4)
+    cosine = [0.8 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    assert rates == pytest.approx([0.16, 0.32, 0.48, 0.64, *cosine], abs=1e-6)
+    peer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.8)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(peer, 10)
+    expected = []
+    for _ in range(10):
+        expected.append(peer.param_groups[0]["lr"])
+        peer.step()
+        schedule.step()
+    assert rates_of(10) == pytest.approx(expected, abs=1e-6)
+
+
+def test_fit_takes_adam_and_any_batch():
+    model = Point(5.0)
+    history = fit(
+        model,
+        lambda batch: (model.value - batch["target"]).square() * batch["weight"],
+        lambda n: {"target": 2.0, "weight": n / 4},
+        steps=300,
+        batch_size=4,
+        learning_rate=0.1,
+        warmup=0.1,
+        validate=lambda: abs(model.value.item() - 2),
+        validate_every=300,
+    )
+    assert abs(model.value.item() - 2) < 1e-2 and history.best_step == 300
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 1.0, float("nan")])
+def test_fit_needs_a_share_for_its_warm_up(warmup):
+    with pytest.raises(ValueError, match="warmup"):
+        rates_of(3, warmup=warmup)

@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 import torch
 
-from noise2tokens.data import toy
 from noise2tokens.display import use_style
 from noise2tokens.nice import NICE
+from noise2tokens.toys import Moons
 from noise2tokens.training import seed_everything, train
 from tools.inputs import ROOT
 
@@ -24,14 +24,14 @@ def main() -> None:
     train(
         flow,
         lambda x: -flow.log_prob(x).mean(),
-        lambda n: toy("moons", n, generator),
+        lambda n: Moons().sample(n, generator),
         steps=steps,
         batch_size=512,
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
     )
     z = torch.randn(9000, 2, generator=generator)
-    colour = torch.atan2(z[:, 1], z[:, 0]).numpy()
+    color = torch.atan2(z[:, 1], z[:, 0]).numpy()
     frames = [z]
     with torch.no_grad():
         for layer in reversed(flow.layers):
@@ -43,10 +43,10 @@ def main() -> None:
     )  # of one lightness, for light and dark pages
     figure, axes = plt.subplots(1, len(frames), figsize=(13, 2.2))
     for ax, points in zip(axes, frames, strict=True):
-        ax.scatter(*points.T.numpy(), c=colour, cmap=hues, s=0.9, linewidths=0)
-        centre, reach = points.mean(0), 2.6 * points.std(0).max()
+        ax.scatter(*points.T.numpy(), c=color, cmap=hues, s=0.9, linewidths=0)
+        center, reach = points.mean(0), 2.6 * points.std(0).max()
         ax.set(
-            xlim=(centre[0] - reach, centre[0] + reach), ylim=(centre[1] - reach, centre[1] + reach)
+            xlim=(center[0] - reach, center[0] + reach), ylim=(center[1] - reach, center[1] + reach)
         )
         ax.set_aspect("equal")
         ax.axis("off")

@@ -21,6 +21,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from noise2tokens.records import processor
 from tools.inputs import ChapterError, with_ids
 
 
@@ -123,7 +124,7 @@ def execute(
     return executed, {
         "seconds": round(seconds, 1),
         "peak_memory_gb": round(kilobytes * 1024 / 1e9, 2),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "versions": {
             "noise2tokens": version("noise2tokens"),
@@ -140,14 +141,3 @@ def _headline(cell: NotebookNode) -> str:
 
 def _as_python(text: str) -> str:
     return repr(text.strip("\"'")) if text[:1] in "\"'" else text
-
-
-def _processor() -> str:
-    """Name the processor as the system does; Python's own `platform` leaves it empty on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

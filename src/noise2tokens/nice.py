@@ -21,8 +21,8 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from noise2tokens.data import dequantise
-from noise2tokens.distribution_transforms.networks import mlp
+from noise2tokens.images import dequantize
+from noise2tokens.networks import mlp
 from noise2tokens.training import History, train
 
 
@@ -94,7 +94,7 @@ class Flow(nn.Module):
         """
         if not x.is_floating_point():
             raise TypeError(
-                f"a flow needs floating-point samples, got {x.dtype}: dequantise discrete data first"
+                f"a flow needs floating-point samples, got {x.dtype}: dequantize discrete data first"
             )
         if x.shape[1:] != self.origin.shape or x.dim() == 0:
             raise ValueError(
@@ -314,8 +314,8 @@ def gaussian_log_prob(
     Returns:
         One value for each test sample.
     """
-    centred = (train - train.mean(0)).double()
-    covariance = centred.T @ centred / len(train)
+    centered = (train - train.mean(0)).double()
+    covariance = centered.T @ centered / len(train)
     if diagonal:
         covariance = covariance.diagonal().diag()
     fitted = torch.distributions.MultivariateNormal(train.mean(0).double(), covariance)
@@ -361,7 +361,7 @@ def fit(
         images: Integer pixel values, flattened.
         validation: Held-out pixel values.
         levels: Number of values a pixel can take.
-        steps: Optimiser steps, over which the learning rates fall to zero along a cosine.
+        steps: Optimizer steps, over which the learning rates fall to zero along a cosine.
         batch_size: Images a step.
         learning_rate: Adam's, for the networks.
         scale_learning_rate: Adam's, for `log_scale`: the scales must travel far, from 1 to 1/σ of each coordinate.
@@ -379,10 +379,10 @@ def fit(
     groups = [{"params": others}, {"params": scales, "lr": scale_learning_rate}]
     optimizer = torch.optim.Adam(groups, lr=learning_rate, fused=True)
     # The same noise at every validation, so that its values differ by the weights alone.
-    fixed = dequantise(validation, levels, torch.Generator(images.device).manual_seed(0))
+    fixed = dequantize(validation, levels, torch.Generator(images.device).manual_seed(0))
     return train(
         flow,
-        lambda v: negative_log_likelihood(dequantise(v, levels, None)),
+        lambda v: negative_log_likelihood(dequantize(v, levels, None)),
         images,
         steps=steps,
         batch_size=batch_size,
@@ -404,7 +404,7 @@ def evaluate(
     batch_size: int = 1000,
     seed: int = 0,
 ) -> Float[Tensor, "n"]:
-    """Return the log-density of each dequantised image, in nats, averaged over draws of the noise.
+    """Return the log-density of each dequantized image, in nats, averaged over draws of the noise.
 
     Args:
         flow: The model, on the device of the images.
@@ -420,7 +420,7 @@ def evaluate(
     generator = torch.Generator(images.device).manual_seed(seed)
     return torch.cat(
         [
-            sum(flow.log_prob(dequantise(part, levels, generator)) for _ in range(draws)) / draws
+            sum(flow.log_prob(dequantize(part, levels, generator)) for _ in range(draws)) / draws
             for part in images.split(batch_size)
         ]
     )
@@ -442,7 +442,7 @@ def mnist_experiment(
         images: Training pixels, 0 to 255; the last `held_out` choose the weights and are not trained on.
         test_images: Test pixels.
         device: Where to train.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Images a step.
         held_out: Size of the validation part.
         hidden: Widths of the hidden layers of each coupling's network.

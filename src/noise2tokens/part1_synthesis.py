@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from noise2tokens.distribution_transforms.distances import sliced_wasserstein
-from noise2tokens.distribution_transforms.networks import mlp
 from noise2tokens.distribution_transforms.vae import (
     gaussian_kl,
     iwae_bound,
     normal_log_prob,
-    reparameterise,
+    reparameterize,
 )
+from noise2tokens.networks import mlp
 
 
 class PointVAE(nn.Module):
@@ -39,14 +39,14 @@ class PointVAE(nn.Module):
     def elbo(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch"]:
         """Return log p(x|z) - KL(q(z|x) ‖ N(0, I)) with one draw of z, in nats."""
         mean, log_var = self.encoder(x).chunk(2, -1)
-        z = reparameterise(mean, log_var, torch.randn_like(mean))
+        z = reparameterize(mean, log_var, torch.randn_like(mean))
         return normal_log_prob(x, *self.decoder(z).chunk(2, -1)) - gaussian_kl(mean, log_var)
 
     @torch.no_grad()
     def bound(self, x: Float[Tensor, "batch dim"], draws: int) -> Float[Tensor, "batch"]:
         """Return the importance-weighted lower bound on log p(x) from a number of draws, in nats."""
         mean, log_var = self.encoder(x).chunk(2, -1)
-        z = reparameterise(mean, log_var, torch.randn(draws, *mean.shape, device=x.device))
+        z = reparameterize(mean, log_var, torch.randn(draws, *mean.shape, device=x.device))
         prior = normal_log_prob(z, torch.zeros_like(mean), torch.zeros_like(mean))
         joint = normal_log_prob(x, *self.decoder(z).chunk(2, -1)) + prior
         return iwae_bound(joint - normal_log_prob(z, mean, log_var))
@@ -56,7 +56,7 @@ class PointVAE(nn.Module):
         """Draw latents from the prior, and points from the Gaussians that they decode to."""
         z, noise = torch.randn(2, n, self.dim, generator=generator)
         mean, log_var = self.decoder(z).chunk(2, -1)
-        return reparameterise(mean, log_var, noise)
+        return reparameterize(mean, log_var, noise)
 
 
 def parameters(model: nn.Module) -> int:

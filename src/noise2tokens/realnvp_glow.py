@@ -3,12 +3,12 @@
 NICE shifts half of the coordinates by a function of the other half, so its volume never changes along the way. Here the
 coupling also scales, and everything that a coupling needs in order to work on images is built around it: masks that
 follow an image's grid, squeezing (space into channels), splitting (half of the coordinates leave early, as Gaussians
-given the rest), activation normalisation, and a learned linear map of the channels where NICE took turns.
+given the rest), activation normalization, and a learned linear map of the channels where NICE took turns.
 
 Everything is a `Flow` of the last chapter and keeps its contract: latents have the shape of the data. For that,
 `Squeeze` and `Split` are wrappers: each holds the flow that goes on inside, and puts its output back where it belongs.
 A multi-scale model is a nest of them. `ActNorm` keeps no flag that says whether it has seen data: it starts as the
-identity, and `initialise` sets all of them from one batch, when it is told to and never by itself.
+identity, and `initialize` sets all of them from one batch, when it is told to and never by itself.
 
 Letters: c, h, w are channels, height and width; h is also what a network puts out before it becomes a log-scale.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from noise2tokens.data import dequantise
+from noise2tokens.images import dequantize
 from noise2tokens.nice import Chain, Flow, evaluate, mlp
 from noise2tokens.training import History, train
 
@@ -140,7 +140,7 @@ def fit_points(
     Args:
         flow: The model.
         draw: Draws a number of points.
-        steps: Optimiser steps, over which the learning rate falls to zero along a cosine.
+        steps: Optimizer steps, over which the learning rate falls to zero along a cosine.
         learning_rate: Adam's.
 
     Returns:
@@ -259,29 +259,29 @@ class Split(Flow):
     def forward(
         self, x: Float[Tensor, "batch channels h w"]
     ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch"]]:
-        """Return the latents of the half that goes on beside the standardised half that leaves."""
+        """Return the latents of the half that goes on beside the standardized half that leaves."""
         self.check_input(x)
         first, second = x.chunk(2, dim=1)
         mean, log_sigma = self.conditional(first)
         z, log_det = self.inner(first)
-        standardised = (second - mean) * (-log_sigma).exp()
-        return torch.cat([z, standardised], 1), log_det - log_sigma.flatten(1).sum(1)
+        standardized = (second - mean) * (-log_sigma).exp()
+        return torch.cat([z, standardized], 1), log_det - log_sigma.flatten(1).sum(1)
 
     def inverse(
         self, z: Float[Tensor, "batch channels h w"]
     ) -> Float[Tensor, "batch channels h w"]:
         """Undo the half that went on first; it tells where the other half came from."""
         self.check_input(z)
-        first, standardised = z.chunk(2, dim=1)
+        first, standardized = z.chunk(2, dim=1)
         first = self.inner.inverse(first)
         mean, log_sigma = self.conditional(first)
-        return torch.cat([first, mean + log_sigma.exp() * standardised], 1)
+        return torch.cat([first, mean + log_sigma.exp() * standardized], 1)
 
 
 class ActNorm(Flow):
     """Shift and scale every channel by learned numbers, the same at all positions.
 
-    It starts as the identity; `initialise` sets it from data.
+    It starts as the identity; `initialize` sets it from data.
 
     Args:
         shape: Shape of a sample, channels first.
@@ -296,7 +296,7 @@ class ActNorm(Flow):
         self.log_s = nn.Parameter(torch.zeros_like(self.shift))
 
     @torch.no_grad()
-    def standardise(self, x: Float[Tensor, "batch *event"]) -> None:
+    def standardize(self, x: Float[Tensor, "batch *event"]) -> None:
         """Set the parameters such that every channel of this batch comes out with mean 0 and standard deviation 1."""
         self.check_input(x)
         by_channel = x.transpose(0, 1).flatten(1)
@@ -319,8 +319,8 @@ class ActNorm(Flow):
 
 
 @torch.no_grad()
-def initialise(flow: Flow, x: Float[Tensor, "batch *event"]) -> None:
-    """Send one batch of data through a flow; each ActNorm that it reaches first standardises what arrives.
+def initialize(flow: Flow, x: Float[Tensor, "batch *event"]) -> None:
+    """Send one batch of data through a flow; each ActNorm that it reaches first standardizes what arrives.
 
     Args:
         flow: Any flow with `ActNorm` layers.
@@ -329,7 +329,7 @@ def initialise(flow: Flow, x: Float[Tensor, "batch *event"]) -> None:
     Source: Kingma and Dhariwal 2018, section 3.1.
     """
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs: layer.standardise(*inputs))
+        layer.register_forward_pre_hook(lambda layer, inputs: layer.standardize(*inputs))
         for layer in flow.modules()
         if isinstance(layer, ActNorm)
     ]
@@ -489,7 +489,7 @@ class ChannelCoupling(Flow):
 class ImageRealNVP(Chain):
     """RealNVP for images: checkerboard masks, squeeze, channel masks, and half of the channels leaves; then again.
 
-    Between couplings stands `ActNorm`, where the paper has batch normalisation; the networks are Glow's, not residual.
+    Between couplings stands `ActNorm`, where the paper has batch normalization; the networks are Glow's, not residual.
 
     Args:
         shape: Channels, height, width; the sides must be divisible by 2^(levels - 1).
@@ -532,7 +532,7 @@ PERMUTATIONS = ("reverse", "shuffle", "conv")
 def glow_step(
     shape: Sequence[int], width: int, permutation: str = "conv", scale: str = "sigmoid"
 ) -> list[Flow]:
-    """Build one step of Glow: normalise, mix the channels, couple.
+    """Build one step of Glow: normalize, mix the channels, couple.
 
     Args:
         shape: Channels, height, width.
@@ -621,14 +621,14 @@ def fit_images(
     learning_rate: float = 1e-3,
     validate_every: int = 100,
 ) -> History:
-    """Initialise a flow from data, then train it by maximum likelihood; keep the weights that validate best.
+    """Initialize a flow from data, then train it by maximum likelihood; keep the weights that validate best.
 
     Args:
         flow: The model, on the device of the images.
         images: Integer pixel values.
         validation: Held-out pixel values.
         levels: Number of values a pixel can take.
-        steps: Optimiser steps; the rate rises over the first twentieth and falls to zero along a cosine.
+        steps: Optimizer steps; the rate rises over the first twentieth and falls to zero along a cosine.
         batch_size: Images a step.
         learning_rate: Adam's, at its highest.
         validate_every: Steps between validations.
@@ -641,10 +641,10 @@ def fit_images(
         optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
     )
     generator = torch.Generator(images.device).manual_seed(0)
-    initialise(flow, dequantise(images[:512], levels, generator))
+    initialize(flow, dequantize(images[:512], levels, generator))
     return train(
         flow,
-        lambda v: -flow.log_prob(dequantise(v, levels, None)).mean(),
+        lambda v: -flow.log_prob(dequantize(v, levels, None)).mean(),
         images,
         steps=steps,
         batch_size=batch_size,
@@ -712,7 +712,7 @@ def mnist_experiment(
         test_images: Test pixels.
         device: Where to train.
         permutation: As in `glow_step`.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Images a step.
         held_out: Size of the validation part.
         depth: Steps of flow between two squeezes.
@@ -738,8 +738,3 @@ def mnist_experiment(
     border = 32 * 32 - test_images[0].numel()
     scores = evaluate(flow, test_pixels, 256) - border * math.log(256)
     return flow, history, scores
-
-
-def pad_to_32(images: Real[Tensor, "n 28 28"]) -> Real[Tensor, "n 1 32 32"]:
-    """Add the channel axis and two pixels of 0 on every side."""
-    return F.pad(images[:, None], (2, 2, 2, 2))

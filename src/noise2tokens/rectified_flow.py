@@ -18,10 +18,9 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
 from noise2tokens.distribution_transforms.distances import frechet_distance, optimal_pairs
-from noise2tokens.flow_vs_diffusion.classifier import train_classifier
 from noise2tokens.flow_vs_diffusion.integrators import Velocity, dormand_prince, integrate
-from noise2tokens.flow_vs_diffusion.networks import UNet
 from noise2tokens.flow_vs_diffusion.paths import per_sample
+from noise2tokens.networks import UNet, train_classifier
 from noise2tokens.training import History, running_average, train
 
 # times(n, device) -> n times in [0, 1]
@@ -152,7 +151,7 @@ def fit(
     Args:
         network: Called as network(x, t).
         pairs: x_0 and x_1, side by side; or a function that draws a number of pairs.
-        steps: Optimiser steps, over which the learning rate falls to zero along a cosine.
+        steps: Optimizer steps, over which the learning rate falls to zero along a cosine.
         batch_size: Pairs a step.
         learning_rate: Adam's, at its highest.
         times: Draws the times on the lines.
@@ -239,7 +238,7 @@ def distill(
     Args:
         network: A trained velocity; it stays as it is.
         pairs: What `reflow` made with it.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Pairs a step.
         learning_rate: As in `fit`.
 
@@ -324,7 +323,7 @@ def mnist_experiment(
         labels: Their digits, for the classifier whose features the distances are taken of.
         test_images: What samples are compared with.
         device: Where to train.
-        steps: Optimiser steps of each of the four trainings.
+        steps: Optimizer steps of each of the four trainings.
         batch_size: Pairs a step.
         pairs: Number of pairs of each reflow.
         samples: Number of samples behind each distance.

@@ -1,19 +1,22 @@
 """One training loop for every chapter.
 
 A chapter brings a model, a loss and data; the loop brings what is the same everywhere: minibatches drawn on the
-data's own device, validation that decides which weights are kept, a curve, a progress bar in a live session. It has
-no callbacks and no configuration file: a chapter that needs another loop writes one, and says why.
+data's own device, validation that decides which weights are kept, a curve, a progress bar in a live session. What a
+batch is, the loop need not know: it hands on whatever the data gives. `fit` is the loop with the optimizer and the
+learning rates that nearly all chapters share.
 
 Nothing in the loop waits for the device between two validations (losses stay tensors until then), so small models on
 a GPU are limited by kernel launches and not by the loop.
 """
 
 import copy
+import math
 import random
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,8 +78,8 @@ class History:
 
 def train(
     model: nn.Module,
-    loss: Callable[[Tensor], Tensor],
-    data: Shaped[Tensor, "n *shape"] | Callable[[int], Tensor],
+    loss: Callable[[Any], Tensor],
+    data: Shaped[Tensor, "n *shape"] | Callable[[int], Any],
     *,
     steps: int,
     batch_size: int,
@@ -85,23 +88,26 @@ def train(
     validate_every: int = 100,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     average: AveragedModel | None = None,
+    after_step: Callable[[int], None] | None = None,
     label: str = "training",
 ) -> History:
-    """Minimise a loss over minibatches; keep the weights that validate best.
+    """Minimize a loss over minibatches; keep the weights that validate best.
 
     Args:
         model: The module whose parameters `optimizer` holds.
-        loss: Maps a batch to a scalar tensor.
+        loss: Maps a batch, whatever `data` gives, to a scalar tensor.
         data: Samples along the first axis, on the model's device; every epoch is a fresh permutation and the last,
-            smaller batch is dropped. Or a function of the batch size that draws a new batch.
-        steps: Number of optimiser steps.
+            smaller batch is dropped. Or a function of the batch size that draws a new batch of any kind.
+        steps: Number of optimizer steps.
         batch_size: Samples a step.
-        optimizer: Any torch optimiser.
+        optimizer: Any torch optimizer.
         validate: Returns a number, lower is better. Called before the first step, every `validate_every` steps and
             after the last, in `eval` mode without gradients. The model ends with the weights of the best call.
         validate_every: Steps between two calls of `validate`.
         schedule: Learning-rate schedule, stepped once a step.
         average: A running average of the weights, updated once a step; see `running_average`.
+        after_step: Called with the number of each step, from 1, after it: for what belongs to a step and is no
+            gradient, such as moving a codebook or a bias. Runs without gradients.
         label: Name on the progress bar.
 
     Returns:
@@ -163,6 +169,9 @@ def train(
                 schedule.step()
             if average is not None:
                 average.update_parameters(model)
+            if after_step is not None:
+                with torch.no_grad():
+                    after_step(step)
             pending.append(value.detach())
             if step % validate_every == 0 or step == steps:
                 settle(step)
@@ -172,6 +181,60 @@ def train(
     model.eval()
     history.seconds = time.perf_counter() - start
     return history
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    data: Shaped[Tensor, "n *shape"] | Callable[[int], Any],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float = 1e-3,
+    warmup: float = 0.0,
+    optimizer: torch.optim.Optimizer | None = None,
+    **options: Any,
+) -> History:
+    """Train with rates that rise linearly over a share of the steps, and then fall to zero along a half cosine.
+
+    Args:
+        model: The module to train.
+        loss: As for `train`.
+        data: As for `train`.
+        steps: Number of optimizer steps.
+        batch_size: Samples a step.
+        learning_rate: Adam's, at its highest.
+        warmup: Share of the steps over which the rate rises, in [0, 1).
+        optimizer: Another optimizer than Adam; the rates that its groups have now are their highest.
+        options: `validate`, `validate_every`, `average`, `after_step` and `label`, as for `train`.
+
+    Returns:
+        The curve.
+
+    Raises:
+        ValueError: If `warmup` is not in [0, 1), or `train` refuses a size.
+    """
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must lie in [0, 1), got {warmup}")
+    if optimizer is None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    rising = round(warmup * steps)
+
+    def share_of_rate(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+
+    return train(
+        model,
+        loss,
+        data,
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate),
+        **options,
+    )
 
 
 def running_average(model: nn.Module, decay: float = 0.999) -> AveragedModel:

@@ -10,11 +10,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from noise2tokens.ddim_ode.sampling import as_eps, chain_of, ddim_sample, sub_sequence
 from noise2tokens.distribution_transforms.distances import frechet_distance
-from noise2tokens.flow_vs_diffusion.classifier import train_classifier
 from noise2tokens.flow_vs_diffusion.diffusion import Network, NoiseSchedule, draw_steps, eps_loss
-from noise2tokens.flow_vs_diffusion.networks import UNet
 from noise2tokens.flow_vs_diffusion.paths import VariancePreservingPath
-from noise2tokens.realnvp_glow import pad_to_32
+from noise2tokens.images import pad_to_32
+from noise2tokens.networks import UNet, train_classifier
 from noise2tokens.training import History, running_average, train
 
 # The columns of the table: how much noise each step adds.
@@ -45,7 +44,7 @@ def train_denoiser(
         network: Takes x_n and n/T.
         schedule: The chain.
         data: Samples, on the device of the network.
-        steps: Optimiser steps, over which the learning rate falls to zero along a cosine.
+        steps: Optimizer steps, over which the learning rate falls to zero along a cosine.
         batch_size: Samples a step.
         learning_rate: Adam's.
         memory: Over how many steps the weights are averaged.
@@ -124,8 +123,8 @@ def mnist_experiment(
         labels: Their classes, for the classifier.
         test_images: Test pixels: their distance to the training images is the floor, for as many of them as `samples`.
         device: Where to run.
-        steps: Optimiser steps of the U-Net.
-        classifier_steps: Optimiser steps of the classifier.
+        steps: Optimizer steps of the U-Net.
+        classifier_steps: Optimizer steps of the classifier.
         batch_size: Images a step.
         width: Of the U-Net.
         samples: Images drawn for each distance.

@@ -70,7 +70,7 @@ def chain_of(path: ProbabilityPath, steps: int) -> NoiseSchedule:
 
 
 def posterior_std(schedule: NoiseSchedule, n: int, s: int) -> float:
-    """Return the standard deviation of x_s given x_n and x_0, in the chain of which n and s are neighbours.
+    """Return the standard deviation of x_s given x_n and x_0, in the chain of which n and s are neighbors.
 
     Args:
         schedule: The chain.

@@ -261,7 +261,7 @@ def classifier_two_sample_test(
     Args:
         x: Samples of one distribution, two at least.
         y: As many samples of the other.
-        classifier: Anything with scikit-learn's `fit` and `predict`; the k nearest neighbours where left out, with
+        classifier: Anything with scikit-learn's `fit` and `predict`; the k nearest neighbors where left out, with
             k the square root of the number of training samples, made odd.
         seed: Of the division into halves.
 

@@ -15,12 +15,12 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from noise2tokens.distribution_transforms.networks import mlp
+from noise2tokens.networks import mlp
 from noise2tokens.training import live
 
 
 def discriminator_loss(real: Float[Tensor, "n"], fake: Float[Tensor, "m"]) -> Float[Tensor, ""]:
-    """Compute -E log c(x) - E log(1 - c(g(z))) from logits: what the discriminator minimises.
+    """Compute -E log c(x) - E log(1 - c(g(z))) from logits: what the discriminator minimizes.
 
     Args:
         real: Logits of real samples.
@@ -54,7 +54,7 @@ def non_saturating_loss(fake: Float[Tensor, "m"]) -> Float[Tensor, ""]:
 
 
 def critic_loss(real: Float[Tensor, "n"], fake: Float[Tensor, "m"]) -> Float[Tensor, ""]:
-    """Compute E φ(g(z)) - E φ(x): the critic minimises it, and its negative is the estimated Wasserstein distance.
+    """Compute E φ(g(z)) - E φ(x): the critic minimizes it, and its negative is the estimated Wasserstein distance.
 
     Args:
         real: The critic's values at real samples.
@@ -152,7 +152,7 @@ def fit_gan(
     watch: Callable[[int], None] | None = None,
     watch_every: int = 100,
 ) -> list[float]:
-    """Train generator and judge in turns. The common loop has one loss and one optimiser; a game has two of both.
+    """Train generator and judge in turns. The common loop has one loss and one optimizer; a game has two of both.
 
     Args:
         gan: The two networks.

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Real
 from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from noise2tokens.distribution_transforms.networks import mlp
+from noise2tokens.networks import mlp
 from noise2tokens.training import History, train
 
 
@@ -30,10 +30,10 @@ def gaussian_kl(
     Args:
         mean: Of the encoder.
         log_var: Logarithm of the encoder's variance (not of its standard deviation).
-        prior_mean: Centre of the prior; 0 where left out.
+        prior_mean: Center of the prior; 0 where left out.
 
     Returns:
-        ½ Σ (μ² + σ² - log σ² - 1), in nats, with μ measured from the centre of the prior.
+        ½ Σ (μ² + σ² - log σ² - 1), in nats, with μ measured from the center of the prior.
 
     Source: Kingma and Welling 2014, appendix B.
     """
@@ -41,7 +41,7 @@ def gaussian_kl(
     return 0.5 * (distance.square() + log_var.exp() - log_var - 1).sum(-1)
 
 
-def reparameterise(
+def reparameterize(
     mean: Float[Tensor, "*batch latent"],
     log_var: Float[Tensor, "*batch latent"],
     noise: Float[Tensor, "*draws latent"],
@@ -138,7 +138,7 @@ class VAE(nn.Module):
         return self.encoder(x).chunk(2, -1)
 
     def prior_mean(self, labels: Int[Tensor, "batch"] | None) -> Tensor:
-        """Return the centre of the prior: 0, whatever the class."""
+        """Return the center of the prior: 0, whatever the class."""
         return torch.zeros(self.latent, device=next(self.parameters()).device)
 
     def terms(
@@ -146,7 +146,7 @@ class VAE(nn.Module):
     ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         """Return the two parts of the bound, with one draw of z: log p(x|z), and KL(q(z|x) ‖ p(z)) exactly."""
         mean, log_var = self.encode(x)
-        z = reparameterise(mean, log_var, torch.randn_like(mean))
+        z = reparameterize(mean, log_var, torch.randn_like(mean))
         kl = gaussian_kl(mean, log_var, self.prior_mean(labels).expand_as(mean))
         return bernoulli_log_prob(self.decoder(z), x), kl
 
@@ -165,7 +165,7 @@ class VAE(nn.Module):
     ) -> Float[Tensor, "{draws} batch"]:
         """Return log p(x|z_k) + log p(z_k) - log q(z_k|x) for draws z_k of q(z|x)."""
         mean, log_var = self.encode(x)
-        z = reparameterise(mean, log_var, torch.randn(draws, *mean.shape, device=x.device))
+        z = reparameterize(mean, log_var, torch.randn(draws, *mean.shape, device=x.device))
         prior = normal_log_prob(z, self.prior_mean(labels), torch.zeros_like(mean))
         joint = bernoulli_log_prob(self.decoder(z), x) + prior
         return joint - normal_log_prob(z, mean, log_var)
@@ -184,13 +184,13 @@ class VAE(nn.Module):
             labels: Their classes, for a conditional model.
             generator: Source of the latents, on the model's device.
         """
-        centre = self.prior_mean(labels)
-        z = centre + torch.randn(n, self.latent, device=centre.device, generator=generator)
+        center = self.prior_mean(labels)
+        z = center + torch.randn(n, self.latent, device=center.device, generator=generator)
         return self.decoder(z).sigmoid()
 
 
 class ConditionalVAE(VAE):
-    """A VAE whose prior has its own learned centre for each class: p(z|y) = N(μ_y, I).
+    """A VAE whose prior has its own learned center for each class: p(z|y) = N(μ_y, I).
 
     Encoder and decoder never see the class; it only moves the prior.
 
@@ -211,20 +211,20 @@ class ConditionalVAE(VAE):
         activation: Callable[[], nn.Module] = nn.ReLU,
     ):
         super().__init__(dim, hidden, latent, activation)
-        self.centres = nn.Parameter(torch.randn(classes, latent))
+        self.centers = nn.Parameter(torch.randn(classes, latent))
 
     def prior_mean(self, labels: Int[Tensor, "batch"] | None) -> Tensor:
-        """Return the centre of each label's class.
+        """Return the center of each label's class.
 
         Raises:
             ValueError: If there are no labels, or one is no class (on a GPU not checked).
         """
         if labels is None:
             raise ValueError("a conditional model needs labels, got none")
-        known = len(self.centres)
+        known = len(self.centers)
         if labels.device.type == "cpu" and not ((labels >= 0) & (labels < known)).all():
             raise ValueError(f"labels must be 0..{known - 1}, got {labels.tolist()[:10]}")
-        return self.centres[labels]
+        return self.centers[labels]
 
 
 @torch.no_grad()
@@ -262,8 +262,8 @@ def evaluate(
     return torch.cat(elbos), torch.cat(bounds)
 
 
-def binarise(x: Float[Tensor, "*shape"], generator: Generator | None = None) -> Tensor:
-    """Draw each pixel as 0 or 1 with its brightness as the probability of 1: dynamic binarisation."""
+def binarize(x: Float[Tensor, "*shape"], generator: Generator | None = None) -> Tensor:
+    """Draw each pixel as 0 or 1 with its brightness as the probability of 1: dynamic binarization."""
     return torch.bernoulli(x, generator=generator)
 
 
@@ -278,17 +278,17 @@ def mnist_experiment(
     test_draws: int = 5000,
     seed: int = 0,
 ) -> tuple[VAE, History, Float[Tensor, "m"], Float[Tensor, "m"]]:
-    """Train the one-layer model of the IWAE paper on dynamically binarised MNIST, and score the test images.
+    """Train the one-layer model of the IWAE paper on dynamically binarized MNIST, and score the test images.
 
     Args:
         images: Training pixels, 0 to 255.
-        test_images: Test pixels; binarised once, from `seed`.
+        test_images: Test pixels; binarized once, from `seed`.
         device: Where to train.
         train_draws: K of the training bound; 1 trains a VAE (with the exact KL term).
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Images a step.
         test_draws: K of the bound at the end.
-        seed: Of the binarised test images.
+        seed: Of the binarized test images.
 
     Returns:
         The model, its curve, and for each test image the ELBO and the importance-weighted bound, in nats.
@@ -301,12 +301,12 @@ def mnist_experiment(
     if train_draws < 1:
         raise ValueError(f"need at least one draw, got {train_draws}")
     pixels, test_pixels = (part.flatten(1).float() / 255 for part in (images, test_images))
-    test_pixels = binarise(test_pixels.cpu(), Generator().manual_seed(seed)).to(device)
+    test_pixels = binarize(test_pixels.cpu(), Generator().manual_seed(seed)).to(device)
     model = VAE(pixels.shape[1], (200, 200), 50, nn.Tanh).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-4, fused=True)
 
     def loss(x: Tensor) -> Tensor:
-        x = binarise(x)
+        x = binarize(x)
         if train_draws == 1:
             return -model.elbo(x).mean()
         return -iwae_bound(model.log_weights(x, train_draws)).mean()
@@ -339,7 +339,7 @@ def mnist_classes_experiment(
         images: Training pixels, 0 to 255.
         labels: Their digits.
         device: Where to train.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Images a step.
 
     Returns:
@@ -350,7 +350,7 @@ def mnist_classes_experiment(
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     train(
         model,
-        lambda i: -model.elbo(binarise(pixels[i]), labels[i]).mean(),
+        lambda i: -model.elbo(binarize(pixels[i]), labels[i]).mean(),
         torch.arange(len(pixels), device=device),
         steps=steps,
         batch_size=batch_size,

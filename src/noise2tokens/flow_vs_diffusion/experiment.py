@@ -7,9 +7,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from noise2tokens.data import dequantise
 from noise2tokens.distribution_transforms.distances import frechet_distance
-from noise2tokens.flow_vs_diffusion.classifier import Classifier
 from noise2tokens.flow_vs_diffusion.cnf import draw_probe, log_likelihood
 from noise2tokens.flow_vs_diffusion.diffusion import (
     NoiseSchedule,
@@ -19,8 +17,9 @@ from noise2tokens.flow_vs_diffusion.diffusion import (
 )
 from noise2tokens.flow_vs_diffusion.flow_matching import cfm_loss, draw_times, predicted_velocity
 from noise2tokens.flow_vs_diffusion.integrators import Velocity, dormand_prince, integrate
-from noise2tokens.flow_vs_diffusion.networks import UNet
 from noise2tokens.flow_vs_diffusion.paths import LinearPath, VariancePreservingPath
+from noise2tokens.images import dequantize
+from noise2tokens.networks import Classifier, UNet
 from noise2tokens.nice import bits_per_dim
 from noise2tokens.training import History, running_average, train
 
@@ -41,7 +40,7 @@ def fit(
         network: The network.
         objective: Maps a batch of data to the loss; it draws noise and times by itself.
         draw: Draws a batch of data.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Samples a step.
         learning_rate: Adam's, at its highest.
         average: A running average of the weights, as for `train`.
@@ -88,7 +87,7 @@ def mnist_experiment(
         classifier: Its features compare samples with test images; trained on pixels scaled to [-1, 1].
         device: Where to train.
         kind: "DDPM" (noise prediction, 1000 steps, linear schedule) or "flow matching" (linear path).
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         batch_size: Images a step.
         width: Of the U-Net.
         samples: Samples for each distance.
@@ -119,7 +118,7 @@ def mnist_experiment(
 
     def draw(size: int) -> Tensor:
         rows = torch.randint(len(pixels), (size,), device=device)
-        return 2 * dequantise(pixels[rows], 256, None) - 1
+        return 2 * dequantize(pixels[rows], 256, None) - 1
 
     fit(
         network,
@@ -174,7 +173,7 @@ def score_images(
     start: float | int,
     batch_size: int = 500,
 ) -> tuple[Float[Tensor, "n"], int]:
-    """Compute bits per dimension of dequantised images, with Hutchinson's estimate.
+    """Compute bits per dimension of dequantized images, with Hutchinson's estimate.
 
     Args:
         velocity: Of a model of pixels scaled to [-1, 1].
@@ -183,13 +182,13 @@ def score_images(
         batch_size: Images at a time.
 
     Returns:
-        Bits per dimension of each image, from one draw of the dequantisation noise and one probe; and the most
+        Bits per dimension of each image, from one draw of the dequantization noise and one probe; and the most
         evaluations that a batch took.
     """
     generator = torch.Generator(pixels.device).manual_seed(0)
     dim, bits, evaluations = pixels[0].numel(), [], []
     for part in pixels.split(batch_size):
-        x = 2 * dequantise(part, 256, generator) - 1
+        x = 2 * dequantize(part, 256, generator) - 1
         scored = log_likelihood(velocity, x, probe=draw_probe(x, generator), start=start)
         # The density of (v + u) / 256, on an interval half as long as [-1, 1], is twice as high in each dimension.
         bits.append(bits_per_dim(scored.log_prob + dim * math.log(2), dim, 256))

@@ -1,6 +1,6 @@
 """A mixture of round Gaussians on its way to noise: density, score and velocity in closed form at every time.
 
-If x_0 is drawn from the mixture and x_t = α x_0 + σ ε, then x_t is drawn from a mixture with centres α μ_k and variance
+If x_0 is drawn from the mixture and x_t = α x_0 + σ ε, then x_t is drawn from a mixture with centers α μ_k and variance
 α² s² + σ². Nothing has to be learned, so whatever a sampler gets wrong here is the sampler's own error.
 """
 
@@ -17,7 +17,7 @@ class GaussianMixture:
     """Round Gaussians of one width, in any number of dimensions.
 
     Args:
-        centres: One centre a row.
+        centers: One center a row.
         std: Standard deviation s of each, positive.
         weights: Probability of each; equal where left out.
 
@@ -27,24 +27,24 @@ class GaussianMixture:
 
     def __init__(
         self,
-        centres: Float[Tensor, "k dim"],
+        centers: Float[Tensor, "k dim"],
         std: float | int,
         weights: Float[Tensor, "k"] | None = None,
     ):
         weights = (
-            centres.new_full((len(centres),), 1 / len(centres)) if weights is None else weights
+            centers.new_full((len(centers),), 1 / len(centers)) if weights is None else weights
         )
         if not std > 0 or not bool((weights > 0).all()) or abs(weights.sum().item() - 1) > 1e-5:
             raise ValueError(
                 f"need std > 0 and positive weights of sum 1, got {std} and {weights.tolist()}"
             )
-        self.centres, self.std, self.weights = centres, std, weights
+        self.centers, self.std, self.weights = centers, std, weights
 
     def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
         """Draw n points of the data, t = 0."""
         of: Int[Tensor, "n"] = torch.multinomial(self.weights, n, True, generator=generator)
-        noise = torch.randn(n, self.centres.shape[1], generator=generator, dtype=self.centres.dtype)
-        return self.centres[of] + self.std * noise
+        noise = torch.randn(n, self.centers.shape[1], generator=generator, dtype=self.centers.dtype)
+        return self.centers[of] + self.std * noise
 
     def log_density(
         self, x: Float[Tensor, "batch dim"], t: Float[Tensor, "batch"], path: ProbabilityPath
@@ -56,12 +56,12 @@ class GaussianMixture:
     def x0(
         self, x: Float[Tensor, "batch dim"], t: Float[Tensor, "batch"], path: ProbabilityPath
     ) -> Float[Tensor, "batch dim"]:
-        """Evaluate E[x_0 | x_t = x]: for each centre the Gaussian answer, weighted by how likely x came from there."""
+        """Evaluate E[x_0 | x_t = x]: for each center the Gaussian answer, weighted by how likely x came from there."""
         logits, variance = self._logits(x, t, path)
         alpha = per_sample(path.alpha(t), x)
         gain = alpha * self.std**2 / per_sample(variance, x)
-        centre = logits.softmax(1) @ self.centres.to(x)
-        return centre + gain * (x - alpha * centre)
+        center = logits.softmax(1) @ self.centers.to(x)
+        return center + gain * (x - alpha * center)
 
     def velocity(
         self, x: Float[Tensor, "batch dim"], t: Float[Tensor, "batch"], path: ProbabilityPath
@@ -71,25 +71,25 @@ class GaussianMixture:
         alpha, alpha_dot, sigma_squared_dot = (
             per_sample(c(t), x) for c in (path.alpha, path.alpha_dot, path.sigma_squared_dot)
         )
-        centre = logits.softmax(1) @ self.centres.to(x)
-        residual = (x - alpha * centre) / per_sample(variance, x)
-        # Given the centre, (x_0, ε) is Gaussian; both conditional means are multiples of one residual.
+        center = logits.softmax(1) @ self.centers.to(x)
+        residual = (x - alpha * center) / per_sample(variance, x)
+        # Given the center, (x_0, ε) is Gaussian; both conditional means are multiples of one residual.
         growth = alpha_dot * alpha * self.std**2 + sigma_squared_dot / 2
-        return alpha_dot * centre + growth * residual
+        return alpha_dot * center + growth * residual
 
     def score(
         self, x: Float[Tensor, "batch dim"], t: Float[Tensor, "batch"], path: ProbabilityPath
     ) -> Float[Tensor, "batch dim"]:
         """Evaluate ∇ log p_t(x)."""
         logits, variance = self._logits(x, t, path)
-        centre = logits.softmax(1) @ self.centres.to(x)
-        return (per_sample(path.alpha(t), x) * centre - x) / per_sample(variance, x)
+        center = logits.softmax(1) @ self.centers.to(x)
+        return (per_sample(path.alpha(t), x) * center - x) / per_sample(variance, x)
 
     def _logits(
         self, x: Tensor, t: Tensor, path: ProbabilityPath
     ) -> tuple[Float[Tensor, "batch k"], Float[Tensor, "batch"]]:
-        """Log-weight of each centre at x, without the normaliser that all share, and the variance at t."""
+        """Log-weight of each center at x, without the normalizer that all share, and the variance at t."""
         alpha, sigma = path.alpha(t), path.sigma(t)
         variance = alpha**2 * self.std**2 + sigma**2
-        squared = (x[:, None] - alpha[:, None, None] * self.centres.to(x)).square().sum(-1)
+        squared = (x[:, None] - alpha[:, None, None] * self.centers.to(x)).square().sum(-1)
         return self.weights.to(x).log() - squared / (2 * variance[:, None]), variance

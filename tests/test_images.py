@@ -3,40 +3,29 @@
 Downloads are tested against an HTTP server on this machine that misbehaves as real ones do.
 """
 
-import ast
 import gzip
 import hashlib
-import importlib.util
-import json
 import math
 import os
-import platform
 import socket
 import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote
 
 import pooch
 import pytest
 import torch
-from scipy.integrate import quad
-from scipy.stats import chi2
-from sklearn.datasets import load_sample_image, make_moons
+from sklearn.datasets import load_sample_image
 
-from noise2tokens import data
-from noise2tokens.data import (
+from noise2tokens import images as data
+from noise2tokens.images import (
     DataError,
-    corpus,
-    dequantise,
+    dequantize,
     digits,
-    eight_gaussians_log_density,
     mnist,
-    moons_log_density,
     photographs,
     split,
-    toy,
 )
 
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -359,12 +348,12 @@ def test_the_real_mnist():
         974,
         1009,
     ]
-    scaled = images.double() / 255  # the two numbers that every MNIST example normalises by
+    scaled = images.double() / 255  # the two numbers that every MNIST example normalizes by
     assert scaled.mean().item() == pytest.approx(0.1307, abs=5e-5)
     assert scaled.std().item() == pytest.approx(0.3081, abs=5e-5)
 
 
-# --- Digits, dequantisation, splits ---
+# --- Digits, dequantization, splits ---
 
 
 def test_digits_are_integers_up_to_16(no_network):
@@ -375,20 +364,20 @@ def test_digits_are_integers_up_to_16(no_network):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.float64])
-def test_dequantised_values_lie_in_their_bins_with_uniform_noise(dtype):
+def test_dequantized_values_lie_in_their_bins_with_uniform_noise(dtype):
     values = torch.randint(17, (300_000,), generator=generator(1)).to(dtype)
-    result = dequantise(values, 17, generator(2))
+    result = dequantize(values, 17, generator(2))
     assert result.dtype == (dtype if dtype.is_floating_point else torch.float32)
     noise = result.double() * 17 - values
     assert noise.min() > -1e-5 and noise.max() < 1 + 1e-5
     assert noise.mean().item() == pytest.approx(1 / 2, abs=4 / math.sqrt(12 * 300_000))
     assert noise.var().item() == pytest.approx(1 / 12, rel=0.01)
     assert torch.corrcoef(torch.stack([noise, values.double()]))[0, 1].abs() < 0.01
-    assert torch.equal(result, dequantise(values, 17, generator(2)))
-    assert not torch.equal(result, dequantise(values, 17, generator(3)))
+    assert torch.equal(result, dequantize(values, 17, generator(2)))
+    assert not torch.equal(result, dequantize(values, 17, generator(3)))
 
 
-def test_dequantise_refuses_what_is_no_pixel():
+def test_dequantize_refuses_what_is_no_pixel():
     pixels = digits()[0]
     for wrong, levels in [
         (pixels, 16),
@@ -397,8 +386,8 @@ def test_dequantise_refuses_what_is_no_pixel():
         (pixels + math.nan, 17),
     ]:
         with pytest.raises(ValueError, match=f"expected integers 0 to {levels - 1}, got"):
-            dequantise(wrong, levels)
-    assert dequantise(pixels[:0], 17).shape == (0, 8, 8)
+            dequantize(wrong, levels)
+    assert dequantize(pixels[:0], 17).shape == (0, 8, 8)
 
 
 def test_split_divides_without_loss_or_repetition():
@@ -415,194 +404,7 @@ def test_split_divides_without_loss_or_repetition():
             split(1797, sizes, seed=0)
 
 
-# --- Toys: the density is right, and the samples follow it ---
-
-LOG_DENSITY = {"moons": moons_log_density, "eight_gaussians": eight_gaussians_log_density}
-ENTROPY = {"moons": 1.1312, "eight_gaussians": 1.1231}
-STEP = 0.02
-
-
-@pytest.fixture(scope="module", params=sorted(LOG_DENSITY))
-def plane(request):
-    """A toy's name, a fine grid over the plane and the log density there."""
-    axis = torch.arange(-3, 3, STEP, dtype=torch.float64) + STEP / 2
-    grid = torch.cartesian_prod(axis, axis)
-    log_density = torch.cat([LOG_DENSITY[request.param](part) for part in grid.split(10_000)])
-    return request.param, grid, log_density
-
-
-def test_density_integrates_to_one_and_has_the_stated_moments_and_entropy(plane):
-    name, grid, log_density = plane
-    mass = log_density.exp() * STEP**2
-    assert mass.sum().item() == pytest.approx(1, abs=1e-9)
-    variance = {"moons": 1.0, "eight_gaussians": 2.0**2 / 2 + 0.15**2}[name]
-    assert torch.allclose(mass @ grid, torch.zeros(2).double(), atol=1e-9)
-    assert torch.allclose(mass @ grid**2, torch.full((2,), variance).double(), atol=1e-9)
-    assert -(mass * log_density).sum().item() == pytest.approx(ENTROPY[name], abs=5e-5)
-
-
-def cell_counts_test(points, grid, log_density):
-    """p-value of the counts of points in cells of side 0.2 (where over 20 are expected)."""
-
-    def cells(x):
-        return (((x + 3) / 0.2).long() * torch.tensor([30, 1])).sum(-1)
-
-    expected = torch.zeros(900, dtype=torch.float64).index_add_(
-        0, cells(grid), log_density.exp() * STEP**2
-    )
-    expected *= len(points)
-    observed = cells(points.double()).bincount(minlength=900)
-    enough = expected > 20
-    assert enough.sum() > 80 and expected[enough].sum() > 0.98 * len(points)
-    statistic = ((observed - expected)[enough] ** 2 / expected[enough]).sum().item()
-    return chi2.sf(statistic, enough.sum().item() - 1)
-
-
-def test_samples_follow_the_density(plane):
-    name, grid, log_density = plane
-    points = toy(name, 100_000, generator())
-    assert points.dtype == torch.float32
-    assert cell_counts_test(points, grid, log_density) > 0.01
-    negative = -torch.cat([LOG_DENSITY[name](part) for part in points.split(10_000)])
-    assert abs(negative.mean().item() - ENTROPY[name]) < 3 * negative.std().item() / math.sqrt(
-        100_000
-    )
-    # and the test can tell: a quarter of a noise width of shift is found out
-    assert cell_counts_test(points + 0.015, grid, log_density) < 1e-6
-
-
-@pytest.mark.parametrize("plane", ["moons"], indirect=True)
-def test_our_moons_are_those_of_scikit_learn(plane):
-    _, grid, log_density = plane
-    points = torch.tensor(make_moons(100_000, noise=0.05, random_state=0)[0])
-    points = (points - torch.tensor([0.5, 0.25])) / points.std(0)
-    assert cell_counts_test(points, grid, log_density) > 0.01
-
-
-@pytest.mark.parametrize(
-    "x, y", [(1, 0), (0.5, 0.9), (2.05, 0.4), (0, 0.5), (0.3, -0.2), (-2, -1), (3, 2.5)]
-)
-def test_moons_density_against_adaptive_quadrature(x, y):
-    def integrand(t):
-        upper = (x - math.cos(t)) ** 2 + (y - math.sin(t)) ** 2
-        lower = (x - 1 + math.cos(t)) ** 2 + (y - 0.5 + math.sin(t)) ** 2
-        return math.exp((nearest - upper) / 0.005) + math.exp((nearest - lower) / 0.005)
-
-    near = [math.pi * i / 400 for i in range(401)]
-    distance = [((x - math.cos(t)) ** 2 + (y - math.sin(t)) ** 2, t) for t in near]
-    distance += [((x - 1 + math.cos(t)) ** 2 + (y - 0.5 + math.sin(t)) ** 2, t) for t in near]
-    nearest = min(distance)[0]
-    peaks = sorted({t for d, t in distance if d - nearest < 0.02})
-    integral = quad(
-        integrand,
-        0,
-        math.pi,
-        points=peaks[:: max(1, len(peaks) // 40)],
-        limit=500,
-        epsabs=0,
-        epsrel=1e-12,
-    )[0]
-    density = math.log(integral / (2 * math.pi) / (2 * math.pi * 0.0025)) - nearest / 0.005
-    std = torch.tensor([0.7525, 0.5625 - 1 / math.pi + 0.0025], dtype=torch.float64).sqrt()
-    point = (torch.tensor([[x, y]], dtype=torch.float64) - torch.tensor([0.5, 0.25])) / std
-    assert moons_log_density(point).item() == pytest.approx(
-        density + std.log().sum().item(), abs=1e-8
-    )
-
-
-def test_eight_gaussians_against_torch_distributions():
-    turn = torch.arange(8, dtype=torch.float64) / 4
-    centres = 2 * torch.stack([torch.cos(math.pi * turn), torch.sin(math.pi * turn)], -1)
-    peer = torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(torch.ones(8, dtype=torch.float64)),
-        torch.distributions.Independent(torch.distributions.Normal(centres, 0.15), 1),
-    )
-    x = 2 * torch.randn(100, 2, generator=generator(), dtype=torch.float64)
-    assert torch.allclose(eight_gaussians_log_density(x), peer.log_prob(x), rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", LOG_DENSITY)
-def test_densities_keep_the_dtype_and_carry_gradients(name):
-    x = toy(name, 5, generator()).double().requires_grad_()
-    assert LOG_DENSITY[name](x.detach().float()).dtype == torch.float32
-    assert torch.autograd.gradcheck(LOG_DENSITY[name], (x,))
-
-
-def test_toys_repeat_with_their_seed_and_refuse_what_they_are_not():
-    for name in LOG_DENSITY:
-        assert torch.equal(toy(name, 10, generator(3)), toy(name, 10, generator(3)))
-        assert not torch.equal(toy(name, 10, generator(3)), toy(name, 10, generator(4)))
-        assert toy(name, 0, generator()).shape == (0, 2)
-    for wrong in [("moon", 5), ("moons", -1)]:
-        with pytest.raises(ValueError, match="expected 'moons' or 'eight_gaussians'"):
-            toy(*wrong, generator())
-
-
-# --- Text and photographs ---
-
-CORPORA = Path(data.__file__).with_name("corpora")
-
-
-def load_make_corpus():
-    path = Path(__file__).parents[1] / "tools" / "make_corpus.py"
-    spec = importlib.util.spec_from_file_location("make_corpus", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_corpus_is_whole_files_of_python(no_network):
-    texts = corpus()
-    assert list(texts) == [f"{name}.py" for name in sorted(load_make_corpus().MODULES)]
-    assert 1.1e6 < sum(map(len, texts.values())) < 1.3e6
-    for name, text in texts.items():
-        assert text.isascii() and text.endswith("\n"), name
-        assert len(ast.parse(text).body) > 1, name
-    assert texts["bisect.py"].startswith('"""Bisection algorithms."""')
-    assert sum(path.stat().st_size for path in CORPORA.iterdir()) < 300_000
-
-
-def test_a_damaged_corpus_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "corpora").mkdir()
-    for path in CORPORA.iterdir():
-        (tmp_path / "corpora" / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
-    assert len(corpus()) > 30
-    text = gzip.decompress((CORPORA / "stdlib.txt.gz").read_bytes())
-    (tmp_path / "corpora" / "stdlib.txt.gz").write_bytes(
-        gzip.compress(text.replace(b"def ", b"dex ", 1))
-    )
-    with pytest.raises(DataError, match="wrong content"):
-        corpus()
-
-
-@pytest.mark.skipif(
-    platform.python_version() != "3.11.7", reason="the corpus was made with Python 3.11.7"
-)
-def test_the_corpus_is_made_again_byte_for_byte(tmp_path, monkeypatch):
-    make_corpus = load_make_corpus()
-    for folder in ("once", "twice"):
-        monkeypatch.setattr(make_corpus, "CORPORA", tmp_path / folder)
-        make_corpus.main()
-    for name in ("stdlib.json", "stdlib.txt.gz"):
-        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
-    # zlib builds may compress differently: what is shipped is compared by its content
-    assert json.loads((tmp_path / "once/stdlib.json").read_text()) == json.loads(
-        (CORPORA / "stdlib.json").read_text()
-    )
-    made, shipped = (
-        gzip.decompress((f / "stdlib.txt.gz").read_bytes()) for f in (tmp_path / "once", CORPORA)
-    )
-    assert made == shipped
-
-
-@pytest.mark.parametrize(
-    "line", ["Copyright (c) 2001 A. Person.", "released to the public domain", "Licensed to X"]
-)
-def test_a_module_under_other_terms_does_not_get_in(line, tmp_path):
-    (tmp_path / "module.py").write_text(f"# {line}\n")
-    with pytest.raises(ValueError, match="other terms"):
-        load_make_corpus().read_module(tmp_path / "module.py")
+# --- Photographs ---
 
 
 def test_photographs_are_those_of_the_libraries_and_need_no_network(no_network):

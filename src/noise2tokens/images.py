@@ -1,22 +1,18 @@
-"""The book's data: real, small, and the same for everyone.
+"""The book's pictures: real, small, and the same for everyone.
 
-Almost all of it comes with this package or with a library that it needs, so a chapter runs without
-a network: digits and photographs from scikit-learn and scikit-image, 2-D toys whose density is
-known, and a text corpus shipped as a file. Only MNIST is fetched, once, into the user's cache
-folder. MNIST and the corpus are compared with a SHA-256 whenever they are read, so a result cannot
-come from other data than its author's. Pictures come as the integers that they are; `dequantise`
-makes of them the real numbers that a density model needs.
+Digits and photographs come with scikit-learn and scikit-image, so a chapter runs without a network. Only MNIST is
+fetched, once, into the user's cache folder, and it is compared with a SHA-256 whenever it is read, so that a result
+cannot come from other data than its author's. Pictures come as the integers that they are; `dequantize` makes of them
+the real numbers that a density model needs.
 """
 
 import gzip
 import hashlib
-import json
 import math
 import os
 import struct
 import zlib
 from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +23,7 @@ from jaxtyping import Float, Float32, Int64, Real, UInt8
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from noise2tokens.training import live
 
@@ -103,7 +100,7 @@ def _mnist_file(name: str) -> bytes:
     path = Path(folder, f"{name}.gz")
     if not path.is_file():
         raise DataError(f"no file {path.name} in {folder}, the folder that NOISE2TOKENS_DATA names")
-    return _unpack(path, MNIST_SHA256[name])
+    return unpack(path, MNIST_SHA256[name])
 
 
 def _fetch(name: str, folder: Path) -> bytes:
@@ -114,14 +111,14 @@ def _fetch(name: str, folder: Path) -> bytes:
     with FileLock(f"{path}.lock"):  # two chapters may ask for it at the same time
         if path.exists():
             try:
-                return _unpack(path, MNIST_SHA256[name])
+                return unpack(path, MNIST_SHA256[name])
             except DataError:
                 path.unlink()
         # Twice each: what broke off is continued, and a part that proves bad is fetched anew.
         for url in [mirror + path.name for mirror in MNIST_MIRRORS] * 2:
             try:
                 _continue_download(url, part)
-                content = _unpack(part, MNIST_SHA256[name])
+                content = unpack(part, MNIST_SHA256[name])
             except (requests.RequestException, _Truncated) as error:
                 said[url] = f"{error} ({part.stat().st_size} bytes are kept for the next call)"
             except DataError as error:
@@ -159,8 +156,12 @@ def _continue_download(url: str, part: Path) -> None:
                 raise
 
 
-def _unpack(path: Path, sha256: str) -> bytes:
-    """Decompress a .gz file and compare the SHA-256 of its content."""
+def unpack(path: Path, sha256: str) -> bytes:
+    """Decompress a .gz file and compare the SHA-256 of its content.
+
+    Raises:
+        DataError: If the file is truncated, no gzip file, or holds something else.
+    """
     compressed = path.read_bytes()
     try:
         content = gzip.decompress(compressed)
@@ -195,7 +196,7 @@ def _read_idx(content: bytes, axes: int) -> UInt8[Tensor, "..."]:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(shape)
 
 
-def dequantise(
+def dequantize(
     values: Real[Tensor, "*shape"], levels: int, generator: Generator | None = None
 ) -> Float[Tensor, "*shape"]:
     """Spread integers over the real numbers: (values + u) / levels, with u uniform on [0, 1).
@@ -245,121 +246,8 @@ def split(n: int, sizes: tuple[int, ...], seed: int) -> tuple[Int64[Tensor, "_"]
     return torch.randperm(n, generator=Generator().manual_seed(seed)).split(list(sizes))
 
 
-MOONS_NOISE = 0.05
-# Over both arcs: E x = 1/2, E y = 1/4, Var x = 1/2 + 1/4, Var y = E (sin t - 1/4)^2,
-# which is 1/2 - 1/pi + 1/16.
-MOONS_MEAN = (0.5, 0.25)
-MOONS_STD = (math.sqrt(3 / 4 + MOONS_NOISE**2), math.sqrt(9 / 16 - 1 / math.pi + MOONS_NOISE**2))
-EIGHT_RADIUS, EIGHT_STD = 2.0, 0.15
-
-
-def toy(name: str, n: int, generator: Generator) -> Float32[Tensor, "{n} 2"]:
-    """Draw independent points from a 2-D distribution whose density is known.
-
-    Args:
-        name: "moons": two half circles of radius 1 with Gaussian noise of 0.05, then standardised
-            by that distribution's mean and standard deviation (not the sample's). "eight_gaussians":
-            standard deviation 0.15, centres evenly on the circle of radius 2, not standardised.
-        n: Number of points.
-        generator: Source of the randomness, on the CPU.
-
-    Returns:
-        The points.
-
-    Raises:
-        ValueError: If there is no such distribution, or n is negative.
-    """
-    if name not in ("moons", "eight_gaussians") or n < 0:
-        raise ValueError(f"expected 'moons' or 'eight_gaussians' and n >= 0, got {name!r} and {n}")
-    if name == "moons":
-        arcs = _moon_arcs(math.pi * torch.rand(n, generator=generator))
-        centres = arcs[torch.randint(2, (n,), generator=generator), torch.arange(n)]
-        points = centres + MOONS_NOISE * torch.randn(n, 2, generator=generator)
-        return (points - torch.tensor(MOONS_MEAN)) / torch.tensor(MOONS_STD)
-    centres = eight_gaussian_centres().float()[torch.randint(8, (n,), generator=generator)]
-    return centres + EIGHT_STD * torch.randn(n, 2, generator=generator)
-
-
-def moons_log_density(x: Float[Tensor, "n 2"]) -> Float[Tensor, "n"]:
-    """Evaluate the density that `toy("moons", ...)` draws from.
-
-    Each arc's density is the mean of a Gaussian whose centre runs along the arc: an integral over
-    the angle, done with Gauss-Legendre nodes so dense (at most 0.8 noise widths apart) that the
-    error is one of rounding.
-
-    Args:
-        x: Points, standardised as `toy` returns them.
-
-    Returns:
-        Log density in nats. The entropy, which no model's mean negative log density can beat, is
-        1.1312.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(128)
-    arcs = _moon_arcs(torch.tensor(math.pi / 2 * (nodes + 1))).flatten(0, 1)
-    scale = torch.tensor(MOONS_STD, dtype=torch.float64, device=x.device)
-    points = x.double() * scale + torch.tensor(MOONS_MEAN, dtype=torch.float64, device=x.device)
-    log_density = _mixture(points, arcs, torch.tensor(weights / 4).repeat(2), MOONS_NOISE)
-    return (log_density + scale.log().sum()).to(x.dtype)
-
-
-def eight_gaussians_log_density(x: Float[Tensor, "n 2"]) -> Float[Tensor, "n"]:
-    """Evaluate the density that `toy("eight_gaussians", ...)` draws from.
-
-    Args:
-        x: Points.
-
-    Returns:
-        Log density in nats. The entropy, which no model's mean negative log density can beat, is
-        1.1231.
-    """
-    weights = torch.full((8,), 1 / 8, dtype=torch.float64)
-    return _mixture(x.double(), eight_gaussian_centres(), weights, EIGHT_STD).to(x.dtype)
-
-
-def _moon_arcs(angle: Float[Tensor, "n"]) -> Float[Tensor, "2 n 2"]:
-    x, y = angle.cos(), angle.sin()
-    return torch.stack([torch.stack([x, y], -1), torch.stack([1 - x, 0.5 - y], -1)])
-
-
-def eight_gaussian_centres() -> Float[Tensor, "8 2"]:
-    """Return the centres of `toy("eight_gaussians", ...)`, in float64."""
-    angle = torch.arange(8, dtype=torch.float64) * math.pi / 4
-    return EIGHT_RADIUS * torch.stack([angle.cos(), angle.sin()], -1)
-
-
-def _mixture(
-    x: Float[Tensor, "n 2"], centres: Float[Tensor, "k 2"], weights: Float[Tensor, "k"], std: float
-) -> Float[Tensor, "n"]:
-    """Log density of a mixture of round Gaussians."""
-    exponent = -(x[:, None] - centres.to(x.device)).square().sum(-1) / (2 * std**2)
-    normaliser = math.log(2 * math.pi * std**2)
-    return torch.logsumexp(exponent + weights.to(x.device).log(), -1) - normaliser
-
-
-def corpus() -> dict[str, str]:
-    """Load 1.2 MB of Python source: a fixed extract of the standard library of CPython 3.11.7.
-
-    Returns:
-        The text of each file by its name, such as "collections/__init__.py". All of it is ASCII.
-
-    Raises:
-        DataError: If the shipped file is damaged.
-
-    Source:
-        The Python Software Foundation (licence in NOTICE); extracted by tools/make_corpus.py.
-    """
-    folder = Path(__file__).with_name("corpora")
-    about = json.loads((folder / "stdlib.json").read_text(encoding="ascii"))
-    text = _unpack(folder / "stdlib.txt.gz", about["sha256"]).decode("ascii")
-    ends = accumulate(about["files"].values())
-    return {
-        name: text[end - size : end]
-        for (name, size), end in zip(about["files"].items(), ends, strict=True)
-    }
-
-
 def photographs() -> dict[str, UInt8[Tensor, "_ _ 3"]]:
-    """Load the colour photographs that come with scikit-learn and scikit-image.
+    """Load the color photographs that come with scikit-learn and scikit-image.
 
     They are read as files: scikit-image's own functions would download a picture that is not there.
 
@@ -386,3 +274,8 @@ def photographs() -> dict[str, UInt8[Tensor, "_ _ 3"]]:
                     np.array(Image.open(file).convert("RGB"))
                 )
     return pictures
+
+
+def pad_to_32(images: Real[Tensor, "n 28 28"]) -> Real[Tensor, "n 1 32 32"]:
+    """Add the channel axis and two pixels of 0 on every side, so that the size can be halved five times."""
+    return F.pad(images[:, None], (2, 2, 2, 2))

@@ -1,18 +1,48 @@
-"""Two networks that take a time beside their input: one for points, one for images.
+"""Networks that several chapters use and none teaches: for points, for images, with and without a time beside them.
 
-Both are called as network(x, t) with x (batch, ...) and t (batch,) in [0, 1], and return the shape of x. What they
-predict (noise, velocity, ...) is decided by the loss they are trained with.
+`TimeMLP` and `UNet` are called as network(x, t) with x (batch, ...) and t (batch,) in [0, 1], and return the shape of
+x; what they predict (noise, velocity, ...) is decided by the loss they are trained with. `Classifier` judges what a
+generative model draws: published Fréchet inception distances use a network trained on ImageNet, and here a network
+trained on the very data takes its place. Its distances and confidences order models of this book, and cannot be
+compared with published values.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from noise2tokens.training import fit
+
 FASTEST = 30
 POINT_FEATURES = 16
+
+
+def mlp(
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """Build a fully connected network with a linear output.
+
+    Args:
+        inputs: Size of the input.
+        hidden: Widths of the hidden layers.
+        outputs: Size of the output.
+        activation: Makes the module that follows each hidden layer.
+
+    Returns:
+        The network.
+    """
+    layers: list[nn.Module] = []
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), activation()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
 def time_features(t: Float[Tensor, "batch"], width: int) -> Float[Tensor, "batch width"]:
@@ -145,3 +175,94 @@ class UNet(nn.Module):
             if block is not self.up[-1]:
                 h = F.interpolate(h, scale_factor=2)
         return self.end(h)
+
+
+class Classifier(nn.Module):
+    """Three strided convolutions and a linear layer.
+
+    Args:
+        channels: Channels of the images.
+        classes: Number of classes.
+        width: Number of features.
+    """
+
+    def __init__(self, channels: int = 1, classes: int = 10, width: int = 64):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width // 2, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4 * width, width),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch classes"]:
+        """Return logits."""
+        return self.head(self.body(x))
+
+    @torch.no_grad()
+    def features(
+        self, x: Float[Tensor, "n c h w"], batch_size: int = 1000
+    ) -> Float[Tensor, "n width"]:
+        """Return what the last layer sees, for any number of images."""
+        return torch.cat([self.body(part) for part in x.split(batch_size)])
+
+
+def train_classifier(
+    images: Float[Tensor, "n c h w"],
+    labels: Int[Tensor, "n"],
+    *,
+    steps: int = 3000,
+    batch_size: int = 256,
+) -> Classifier:
+    """Train the classifier on labeled images.
+
+    Args:
+        images: As the generative model sees them, on the device to train on.
+        labels: 0..classes-1.
+        steps: Optimizer steps.
+        batch_size: Images a step.
+
+    Returns:
+        The classifier, in `eval` mode.
+    """
+    classifier = Classifier(images.shape[1], int(labels.max()) + 1).to(images.device)
+
+    def draw(size: int) -> Tensor:
+        return torch.randint(len(images), (size,), device=images.device)
+
+    fit(
+        classifier,
+        lambda rows: F.cross_entropy(classifier(images[rows]), labels[rows]),
+        draw,
+        steps=steps,
+        batch_size=batch_size,
+        label="classifier",
+    )
+    return classifier
+
+
+@torch.no_grad()
+def confidence(
+    classifier: Classifier, images: Float[Tensor, "n c h w"], batch_size: int = 1000
+) -> Float[Tensor, "n"]:
+    """Return the probability of the likeliest class of each image: an independent judge of what is drawn.
+
+    A distance of pixels or features is low for a cloud of the right shape; a classifier that was trained on real images
+    is sure of an image only if it can read it. Real images set the level to be reached.
+
+    Args:
+        classifier: Trained on real images, in `eval` mode.
+        images: As the classifier was trained on them.
+        batch_size: Images at a time, for the memory's sake.
+
+    Returns:
+        Values from 1 / classes to 1.
+    """
+    return torch.cat([classifier(part).softmax(1).amax(1) for part in images.split(batch_size)])
