@@ -1,25 +1,62 @@
-"""Six chapters on one target: what the comparison needs beside what they teach.
+"""Six methods of the first six chapters on one target with one budget, and what is measured of each.
 
-The chapter on autoencoders decodes to pixels; here the data are points, so the decoder puts out a Gaussian. The rest
-is bookkeeping: one row of the table for each method.
+All get the eight Gaussians, whose density is known, about 24,000 parameters, and the same number of training steps on
+fresh points. `train_models` trains them, `compare_models` fills one row for each, and `full_scale` does both for
+several seeds, because one seed cannot tell a difference between methods from one between runs.
 """
 
+import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Generator, Tensor, nn
 
+from noise2tokens.ddim_ode.sampling import chain_of, ddim_sample, sub_sequence
 from noise2tokens.distribution_transforms.distances import sliced_wasserstein
+from noise2tokens.distribution_transforms.gan import GAN, fit_gan
 from noise2tokens.distribution_transforms.vae import (
     gaussian_kl,
     iwae_bound,
     normal_log_prob,
     reparameterize,
 )
-from noise2tokens.networks import mlp
+from noise2tokens.flow_vs_diffusion.cnf import log_likelihood
+from noise2tokens.flow_vs_diffusion.diffusion import ancestral_sample, draw_steps, eps_loss
+from noise2tokens.flow_vs_diffusion.flow_matching import cfm_loss, predicted_velocity
+from noise2tokens.flow_vs_diffusion.integrators import dormand_prince
+from noise2tokens.flow_vs_diffusion.paths import LinearPath, VariancePreservingPath, per_sample
+from noise2tokens.networks import TimeMLP, mlp
+from noise2tokens.nice import NICE
+from noise2tokens.realnvp_glow import RealNVP
+from noise2tokens.rectified_flow.reflow import reflow, rf_loss, sample, uniform_times
+from noise2tokens.toys import EightGaussians
+from noise2tokens.training import fit, seed_everything
+
+LINE, DIFFUSION = LinearPath(), VariancePreservingPath()
+CHAIN = chain_of(DIFFUSION, 1000)
+FEW = 20
+# The rows, in the order of the book.
+METHODS = (
+    "VAE",
+    "GAN",
+    "NICE",
+    "RealNVP",
+    "DDPM",
+    "DDIM",
+    "Flow matching",
+    "Flow matching, one step",
+    "Rectified flow, one step",
+)
+BUDGETS = {
+    "long": {"seeds": 5, "steps": 2000, "batch_size": 128, "samples": 3000},
+    "full": {"seeds": 5, "steps": 20_000, "batch_size": 128, "samples": 3000},
+}
 
 
 class PointVAE(nn.Module):
@@ -57,11 +94,6 @@ class PointVAE(nn.Module):
         z, noise = torch.randn(2, n, self.dim, generator=generator)
         mean, log_var = self.decoder(z).chunk(2, -1)
         return reparameterize(mean, log_var, noise)
-
-
-def parameters(model: nn.Module) -> int:
-    """Count the numbers that training may change."""
-    return sum(p.numel() for p in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -133,18 +165,210 @@ def judge(
     )
 
 
-def table(entries: Iterable[Entry]) -> str:
-    """Lay out the rows in Markdown; times are relative to the first row's."""
-    entries = list(entries)
-    lines = [
-        "| Method | Nats above the truth | Likelihood | Distance | Evaluations | Time to sample |",
-        "|---|---:|---|---:|---:|---:|",
-    ]
-    for e in entries:
-        gap = "–" if e.gap is None else f"{e.gap:.2f}"
-        times = e.seconds / entries[0].seconds
-        lines.append(
-            f"| {e.method} | {gap} | {e.how} | {e.distance:.2f} | {e.evaluations} | "
-            f"{times:.{0 if times >= 10 else 1}f}× |"
+@dataclass(frozen=True)
+class Models:
+    """What `train_models` trained.
+
+    Attributes:
+        vae: Chapter 1, with a decoder for points.
+        gan: Chapter 1.
+        nice: Chapter 2.
+        realnvp: Chapter 3.
+        denoiser: Chapters 4 and 5; puts out v = α ε - σ x_0, see `noise_of`.
+        velocity: Flow matching on straight lines, chapter 4.
+        straight: Chapter 6: a copy of `velocity`, trained on the pairs that `velocity` makes.
+    """
+
+    vae: PointVAE
+    gan: GAN
+    nice: NICE
+    realnvp: RealNVP
+    denoiser: TimeMLP
+    velocity: TimeMLP
+    straight: TimeMLP
+
+    def noise_of(
+        self, x: Float[Tensor, "batch 2"], t: Float[Tensor, "batch"]
+    ) -> Float[Tensor, "batch 2"]:
+        """Return the noise that the denoiser predicts: ε = α v + σ x."""
+        alpha, sigma = per_sample(DIFFUSION.alpha(t), x), per_sample(DIFFUSION.sigma(t), x)
+        return alpha * self.denoiser(x, t) + sigma * x
+
+    def sizes(self) -> dict[str, int]:
+        """Count the numbers that training may change in each model."""
+        return {
+            name: sum(p.numel() for p in model.parameters()) for name, model in vars(self).items()
+        }
+
+
+def train_models(draw: Callable[[int], Tensor], *, steps: int, batch_size: int) -> Models:
+    """Train the six methods on points of the plane, each with the learning rate that suits it.
+
+    Args:
+        draw: Returns a number of points of the target.
+        steps: Optimizer steps of each model; rectified flow has as many again.
+        batch_size: Points a step.
+
+    Returns:
+        The models.
+    """
+    budget = {"steps": steps, "batch_size": batch_size}
+    vae, gan = PointVAE(2, width=106), GAN(2, 2, width=107)
+    nice = NICE(2, [61, 61], couplings=6, prior="gaussian")
+    realnvp = RealNVP(2, [60, 60], couplings=6)
+    denoiser, velocity = TimeMLP(2, width=104), TimeMLP(2, width=104)
+    models = Models(vae, gan, nice, realnvp, denoiser, velocity, copy.deepcopy(velocity))
+
+    fit(vae, lambda x: -vae.elbo(x).mean(), draw, **budget, warmup=0.05)
+    fit_gan(gan, draw, loss="non_saturating", **budget, learning_rate=2e-3)
+    for flow in (nice, realnvp):
+        fit(
+            flow,
+            lambda x, flow=flow: -flow.log_prob(x).mean(),
+            draw,
+            **budget,
+            learning_rate=5e-3,
+            warmup=0.05,
         )
-    return "\n".join(lines)
+
+    def noise_loss(x: Tensor) -> Tensor:
+        return eps_loss(models.noise_of, CHAIN, x, torch.randn_like(x), draw_steps(CHAIN, x))
+
+    def velocity_loss(x: Tensor) -> Tensor:
+        return cfm_loss(velocity, LINE, x, torch.randn_like(x), torch.rand(len(x)))
+
+    def pair_loss(pairs: Tensor) -> Tensor:
+        return rf_loss(
+            models.straight, pairs[:, 0], pairs[:, 1], uniform_times(len(pairs), pairs.device)
+        )
+
+    fit(denoiser, noise_loss, draw, **budget, learning_rate=1e-2, warmup=0.05)
+    fit(velocity, velocity_loss, draw, **budget, learning_rate=1e-2, warmup=0.05)
+    models.straight.load_state_dict(velocity.state_dict())
+    pairs = reflow(velocity, torch.randn(20_000, 2), tolerance=1e-4)
+    fit(models.straight, pair_loss, pairs, **budget, learning_rate=1e-2, warmup=0.05)
+    return models
+
+
+def compare_models(
+    models: Models, data: Float[Tensor, "n 2"], test: Float[Tensor, "m 2"], samples: int
+) -> list[Entry]:
+    """Score and sample every model.
+
+    Args:
+        models: As trained.
+        data: Points of the target that samples are compared with.
+        test: Points of the target that are scored.
+        samples: How many to draw from each.
+
+    Returns:
+        A row for each of `METHODS`.
+    """
+    truth = EightGaussians().log_prob(test)
+
+    def by_ode(velocity: Callable, start: float = 0.0) -> Tensor:
+        return log_likelihood(velocity, test, start=start, rtol=1e-4, atol=1e-4).log_prob
+
+    m, noise = models, torch.randn(samples, 2)
+    diffusion = predicted_velocity(m.noise_of, DIFFUSION, "eps")
+    with torch.no_grad():
+        exact = {
+            name: truth - flow.log_prob(test)
+            for name, flow in (("NICE", m.nice), ("RealNVP", m.realnvp))
+        }
+        bound = truth - m.vae.bound(test, draws=500)
+    denoised = {
+        "network": m.denoiser,
+        "log_ratio": truth - by_ode(diffusion, 1e-3),
+        "how": "by the ODE",
+    }
+    matched = {"network": m.velocity, "log_ratio": truth - by_ode(m.velocity), "how": "by the ODE"}
+    once = {"network": m.straight, "log_ratio": truth - by_ode(m.straight), "how": "by the ODE"}
+    ways = {
+        "VAE": (lambda: m.vae.sample(samples), {"log_ratio": bound, "how": "bound"}),
+        "GAN": (lambda: m.gan.sample(samples), {}),
+        "NICE": (lambda: m.nice.sample(samples), {"log_ratio": exact["NICE"], "how": "exact"}),
+        "RealNVP": (
+            lambda: m.realnvp.sample(samples),
+            {"log_ratio": exact["RealNVP"], "how": "exact"},
+        ),
+        "DDPM": (lambda: ancestral_sample(m.noise_of, CHAIN, noise), {"network": m.denoiser}),
+        "DDIM": (lambda: ddim_sample(m.noise_of, CHAIN, noise, sub_sequence(1000, FEW)), denoised),
+        "Flow matching": (lambda: dormand_prince(m.velocity, noise, 1, 0, 1e-3, 1e-3).x, matched),
+        "Flow matching, one step": (lambda: sample(m.velocity, noise, 1), {"network": m.velocity}),
+        "Rectified flow, one step": (lambda: sample(m.straight, noise, 1), once),
+    }
+    return [judge(method, *ways[method][:1], data, **ways[method][1]) for method in METHODS]
+
+
+def run(
+    seed: int, *, steps: int, batch_size: int, samples: int
+) -> tuple[Models, list[Entry], Float[Tensor, "n 2"], float]:
+    """Train and compare all methods once.
+
+    Args:
+        seed: Seeds everything.
+        steps: Optimizer steps of each model.
+        batch_size: Points a step.
+        samples: Points drawn from each model.
+
+    Returns:
+        The models, a row for each of `METHODS`, 20,000 points of data, and the floor: the mean distance of five sets
+        of as many points of the target from the data.
+    """
+    seed_everything(seed)
+    draws = Generator().manual_seed(seed)
+
+    def draw(n: int) -> Tensor:
+        return EightGaussians().sample(n, draws)
+
+    models = train_models(draw, steps=steps, batch_size=batch_size)
+    data, test = draw(20_000), draw(1000)
+    floor = sum(sliced_wasserstein(draw(samples), data).item() for _ in range(5)) / 5
+    return models, compare_models(models, data, test, samples), data, floor
+
+
+def draw_clouds(entries: list[Entry], data: Float[Tensor, "n 2"]) -> Figure:
+    """Draw the data and the samples of each method."""
+    figure, axes = plt.subplots(2, 5, figsize=(7.6, 3.4), sharex=True, sharey=True)
+    clouds = {"data": data, **{entry.method: entry.samples for entry in entries}}
+    for ax, (name, cloud) in zip(axes.flat, clouds.items(), strict=True):
+        ax.scatter(*cloud[:2500].T, s=0.4)
+        ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
+        ax.set_title(name.replace(", one step", ",\none step"), fontsize="small")
+    for ax in axes[1]:
+        ax.set_xlabel("$x_1$")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("$x_2$")
+    return figure
+
+
+def full_scale(
+    device: torch.device, *, seed: int, seeds: int, steps: int, batch_size: int, samples: int
+) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """Repeat the comparison with several seeds; points of the plane need no GPU, so all of it runs on the CPU.
+
+    Args:
+        device: Of no effect.
+        seed: The first seed; the others follow it.
+        seeds: How many.
+        steps: As for `run`, like the rest.
+        batch_size: Points a step.
+        samples: Points drawn from each model.
+
+    Returns:
+        For each method, lists over seeds: "gap" (left out where there is no likelihood), "distance", "evaluations" and
+        "seconds" to sample; the "floor" of each seed. A picture of the first seed's samples.
+    """
+    runs = [
+        run(seed + i, steps=steps, batch_size=batch_size, samples=samples)[1:] for i in range(seeds)
+    ]
+    results: dict[str, Any] = {"floor": [floor for *_, floor in runs]}
+    for method, *entries in zip(METHODS, *(entries for entries, *_ in runs), strict=True):
+        results[method] = {
+            name: [getattr(entry, name) for entry in entries]
+            for name in ("gap", "distance", "evaluations", "seconds")
+            if getattr(entries[0], name) is not None
+        }
+    entries, data, _ = runs[0]
+    return results, {"The data, and 2500 samples of each method": draw_clouds(entries, data)}

@@ -1,4 +1,4 @@
-"""Rectified flow: learn a velocity along straight lines, then train again on the pairs that the flow itself makes.
+"""Learn a velocity along straight lines, then train again on the pairs that the flow itself makes.
 
 A velocity is learned from pairs (x_0, x_1) of points of two distributions, by regression on x_1 - x_0 along the line
 between them. Its flow joins each x_1 to another x_0 than it was paired with. Such pairs cost less to carry from end to
@@ -14,14 +14,14 @@ import copy
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from noise2tokens.distribution_transforms.distances import frechet_distance, optimal_pairs
+from noise2tokens import training
+from noise2tokens.distribution_transforms.distances import optimal_pairs
 from noise2tokens.flow_vs_diffusion.integrators import Velocity, dormand_prince, integrate
 from noise2tokens.flow_vs_diffusion.paths import per_sample
-from noise2tokens.networks import UNet, train_classifier
-from noise2tokens.training import History, running_average, train
+from noise2tokens.training import History
 
 # times(n, device) -> n times in [0, 1]
 Times = Callable[[int, torch.device], Tensor]
@@ -155,20 +155,18 @@ def fit(
         batch_size: Pairs a step.
         learning_rate: Adam's, at its highest.
         times: Draws the times on the lines.
-        average: As in `training.train`.
+        average: As for `training.train`.
 
     Returns:
         The curve of `rf_loss`.
     """
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
-    return train(
+    return training.fit(
         network,
         lambda batch: rf_loss(network, batch[:, 0], batch[:, 1], times(len(batch), batch.device)),
         pairs,
         steps=steps,
         batch_size=batch_size,
-        optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        learning_rate=learning_rate,
         average=average,
         label="velocity",
     )
@@ -251,136 +249,3 @@ def distill(
     options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     fit(student, pairs, times=source_times, **options)
     return student
-
-
-def transport_cost(pairs: Float[Tensor, "n 2 *event"]) -> float:
-    """Return the mean of |x_1 - x_0|² over pairs."""
-    return (pairs[:, 1] - pairs[:, 0]).flatten(1).square().sum(1).mean().item()
-
-
-@torch.no_grad()
-def straightness(velocity: Velocity, x1: Float[Tensor, "n *event"], steps: int = 50) -> float:
-    """Measure how far trajectories are from straight lines: S = ∫ E|(Z_1 - Z_0) - v(Z_t, t)|² dt.
-
-    Args:
-        velocity: v(x, t).
-        x1: Points of the source, from which the trajectories are followed down to t = 0.
-        steps: Runge-Kutta steps; the integral is a trapezoidal sum over their ends.
-
-    Returns:
-        The mean over the points; 0 for straight lines at constant speed, in units of length squared.
-
-    Source: Liu et al. 2023, section 2.2 (straight line flows).
-    """
-    times = torch.linspace(1, 0, steps + 1, dtype=x1.dtype, device=x1.device)
-    path = integrate(velocity, x1, times, "rk4")
-    chord = x1 - path[-1]
-    off = [
-        (chord - velocity(x, t.expand(len(x)))).flatten(1).square().sum(1).mean()
-        for x, t in zip(path, times, strict=True)
-    ]
-    return torch.trapezoid(torch.stack(off), dx=1 / steps).item()
-
-
-@torch.no_grad()
-def crossing(velocity: Velocity, pairs: Float[Tensor, "n 2 *event"], points: int = 50) -> float:
-    """Measure what a velocity cannot say about the line it is on: V = ∫ E|(X_1 - X_0) - v(X_t, t)|² dt.
-
-    Args:
-        velocity: v(x, t); V is least for the exact velocity of the pairs, and then 0 where no two lines cross.
-        pairs: x_0 and x_1.
-        points: Times, the midpoints of as many equal parts of [0, 1].
-
-    Returns:
-        The mean over pairs; the least loss that training can reach, times the number of elements.
-
-    Source: Liu et al. 2023, section 3 (straight couplings).
-    """
-    x0, x1 = pairs.unbind(1)
-    times = (torch.arange(points, dtype=x0.dtype, device=x0.device) + 0.5) / points
-    losses = [rf_loss(velocity, x0, x1, t.expand(len(x0))) for t in times]
-    return torch.stack(losses).mean().item() * x0[0].numel()
-
-
-def mnist_experiment(
-    images: Real[Tensor, "n 28 28"],
-    labels: Int[Tensor, "n"],
-    test_images: Real[Tensor, "m 28 28"],
-    device: torch.device,
-    *,
-    steps: int = 5000,
-    batch_size: int = 256,
-    pairs: int = 50_000,
-    samples: int = 10_000,
-    width: int = 64,
-    counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
-    tolerance: float = 1e-4,
-) -> tuple[dict[str, dict[str, float]], dict[str, Float[Tensor, "count 28 28"]]]:
-    """Train 1-RF and 2-RF on MNIST, distil both, and measure each at several numbers of steps.
-
-    Args:
-        images: Training pixels, 0 to 255.
-        labels: Their digits, for the classifier whose features the distances are taken of.
-        test_images: What samples are compared with.
-        device: Where to train.
-        steps: Optimizer steps of each of the four trainings.
-        batch_size: Pairs a step.
-        pairs: Number of pairs of each reflow.
-        samples: Number of samples behind each distance.
-        width: Of the U-Net.
-        counts: Numbers of Euler steps.
-        tolerance: Of the adaptive solver, which makes the pairs too.
-
-    Returns:
-        For each model, and for training images as the floor, Fréchet distances of classifier features to the test
-        images by number of steps, "RK45" for the adaptive solver and "evaluations" for what that took; and for each
-        model 40 one-step samples, pixels in [0, 1].
-    """
-    data, test = ((part.to(device)[:, None] / 127.5 - 1) for part in (images, test_images))
-    classifier = train_classifier(
-        data, labels.to(device), steps=min(steps, 3000), batch_size=batch_size
-    )
-    real = classifier.features(test)
-    noise = torch.randn(samples, 1, 28, 28, device=device)
-    results = {
-        "training images": {"floor": frechet_distance(classifier.features(data[:samples]), real)}
-    }
-    pictures = {}
-
-    def solve(velocity: Velocity) -> tuple[Tensor, float]:
-        solutions = [
-            dormand_prince(velocity, part, 1, 0, tolerance, tolerance) for part in noise.split(1000)
-        ]
-        evaluations = sum(s.evaluations for s in solutions) / len(solutions)
-        return torch.cat([s.x for s in solutions]), evaluations
-
-    @torch.no_grad()
-    def judge(name: str, velocity: Velocity, few: tuple[int, ...]) -> None:
-        found = {}
-        for count in few:
-            made = torch.cat([sample(velocity, part, count) for part in noise.split(1000)])
-            found[str(count)] = frechet_distance(classifier.features(made), real)
-            if count == 1:
-                pictures[name] = ((made[:40, 0] + 1) / 2).clamp(0, 1).cpu()
-        if len(few) > 1:
-            made, found["evaluations"] = solve(velocity)
-            found["RK45"] = frechet_distance(classifier.features(made), real)
-        results[name] = found
-
-    def fresh(count: int) -> Tensor:
-        x0 = data[torch.randint(len(data), (count,), device=device)]
-        return independent_pairs(x0, torch.randn_like(x0))
-
-    network, source = UNet(1, width).to(device), fresh
-    options = {"steps": steps, "batch_size": batch_size, "learning_rate": 5e-4}
-    for k in (1, 2):
-        average = running_average(network)
-        fit(network, source, average=average, **options)
-        teacher = average.module.eval()
-        judge(f"{k}-RF", teacher, counts)
-        ends = torch.randn(pairs, 1, 28, 28, device=device)
-        source = reflow(teacher, ends, tolerance=tolerance, batch_size=1000)
-        student = distill(teacher, source, **options)
-        judge(f"{k}-RF, distilled", student, (1,))
-        network = teacher
-    return results, pictures
