@@ -6,30 +6,32 @@ import pytest
 import scipy.stats
 import torch
 import zuko
+from matplotlib.figure import Figure
 from torch import nn
 
 pytest.register_assert_rewrite("flow_contract")
 from flow_contract import *  # noqa: E402, F403
 from flow_contract import Case  # noqa: E402
 
-from noise2tokens.data import dequantise, digits, moons_log_density, toy  # noqa: E402
+from noise2tokens import nice as module  # noqa: E402
+from noise2tokens.images import dequantize, digits  # noqa: E402
 from noise2tokens.nice import (  # noqa: E402
     NICE,
     PRIORS,
     AdditiveCoupling,
     Chain,
     DiagonalScale,
-    Flow,
     Permute,
     bits_per_dim,
     categorical_log_prob,
     evaluate,
     fit,
+    full_scale,
     gaussian_log_prob,
     mlp,
-    mnist_experiment,
 )
-from noise2tokens.training import train  # noqa: E402
+from noise2tokens.toys import Moons  # noqa: E402
+from noise2tokens.training import History  # noqa: E402
 
 REVERSE4 = torch.tensor([3, 2, 1, 0])
 CASES = [
@@ -265,7 +267,7 @@ def test_categorical_baseline_counts():
     torch.testing.assert_close(categorical_log_prob(train, test, 3), expected)
 
 
-def test_dequantised_log_likelihood_is_below_the_discrete_one():
+def test_dequantized_log_likelihood_is_below_the_discrete_one():
     torch.manual_seed(0)
     flow, levels = NICE(2, [8], prior="gaussian"), 3
     with torch.no_grad():
@@ -282,9 +284,9 @@ def test_dequantised_log_likelihood_is_below_the_discrete_one():
 
 def test_no_flow_beats_the_truth_on_moons():
     # Gibbs: the mean log-density of a model is below that of the truth, up to Monte Carlo noise of the difference.
-    x = toy("moons", 4000, torch.Generator().manual_seed(0))
+    x = Moons().sample(4000, torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    gap = moons_log_density(x) - NICE(2, [16], prior="gaussian").log_prob(x)
+    gap = Moons().log_prob(x) - NICE(2, [16], prior="gaussian").log_prob(x)
     assert gap.mean() > 4 * gap.std() / math.sqrt(len(x))
 
 
@@ -310,7 +312,7 @@ def test_fit_gives_the_scales_their_own_learning_rate_and_learns():
         )
     history = fit(flow, images[:1200], images[1200:1400], 17, steps=300, batch_size=100)
     noisy = [
-        dequantise(part, 17, torch.Generator().manual_seed(1))
+        dequantize(part, 17, torch.Generator().manual_seed(1))
         for part in (images[:1200], images[1400:])
     ]
     ours = evaluate(flow, images[1400:], 17).mean()
@@ -318,15 +320,8 @@ def test_fit_gives_the_scales_their_own_learning_rate_and_learns():
     assert history.validation[0] - min(history.validation) > 50
 
 
-def test_fit_dequantises_afresh_for_training_and_alike_for_validation(monkeypatch):
+def test_fit_dequantizes_afresh_for_training_and_alike_for_validation():
     seen = {True: [], False: []}
-    schedules = []
-
-    def spy(*args, **kwargs):
-        schedules.append(kwargs["schedule"])
-        return train(*args, **kwargs)
-
-    monkeypatch.setattr("noise2tokens.nice.train", spy)
     images = digits()[0].flatten(1)
     torch.manual_seed(0)
     flow = NICE(64, [8])
@@ -340,7 +335,6 @@ def test_fit_dequantises_afresh_for_training_and_alike_for_validation(monkeypatc
     assert torch.equal(seen[False][0], seen[False][1]) and torch.equal(
         seen[False][0].floor(), images[40:60]
     )
-    assert max(schedules[0].get_last_lr()) < 1e-12
 
 
 def test_evaluate_averages_the_noise():
@@ -356,14 +350,48 @@ def test_evaluate_averages_the_noise():
     assert error.square().mean().sqrt() < 1.5 * many.std(0).mean() / 5
 
 
-def test_the_full_scale_experiment_runs_on_a_slice():
-    pixels = torch.randint(0, 256, (40, 28, 28), generator=torch.Generator().manual_seed(0)).to(
-        torch.uint8
-    )
+SLICE = dict(
+    steps=3, batch_size=8, hidden=[16] * 2, held_out=1380, test_images=30, samples=25, classifier_steps=3
+)  # fmt: skip
+
+
+def test_full_scale_trains_on_its_split_and_scores_the_test_images(fake_mnist, monkeypatch):
+    fake_mnist(module)
+    seen = {}
+
+    def spy(flow, *sets, **options):
+        seen.update(flow=flow, sets=sets, **options)
+        return History(validation=[3.0, 2.0], best_step=1)
+
+    monkeypatch.setattr(module, "fit", spy)
+    monkeypatch.setattr(module, "image_rows", lambda rows: seen.update(rows=rows) or Figure())
     torch.manual_seed(0)
-    flow, history, scores = mnist_experiment(
-        pixels, pixels[:7], torch.device("cpu"), steps=3, batch_size=8, held_out=10, hidden=[16] * 5
-    )
-    assert len(history.losses) == 3 and scores.shape == (7,) and torch.isfinite(scores).all()
-    assert isinstance(flow, NICE) and isinstance(flow, Flow) and flow.prior is PRIORS["logistic"]
-    assert history.validation[-1] < history.validation[0]
+    results, pictures = full_scale(torch.device("cpu"), seed=5, **SLICE)
+    train_images, _ = module.mnist(train=True)
+    test_images = module.mnist(train=False)[0][:30]
+    kept, validation, levels = seen["sets"]
+    assert torch.equal(kept, train_images[:20].flatten(1)) and levels == 256
+    assert torch.equal(validation, train_images[20:].flatten(1))
+    assert seen["steps"] == 3 and seen["batch_size"] == 8
+    flow = seen["flow"]
+    assert isinstance(flow, NICE) and flow.prior is PRIORS["logistic"] and len(flow.layers) == 5
+    scores = evaluate(flow, test_images.flatten(1), 256, draws=2, seed=5)
+    assert results["test nats"].item() == pytest.approx(scores.mean().item())
+    assert results["standard error"].item() == pytest.approx(scores.std().item() / 30**0.5)
+    # bits = log2(256) - nats / (784 ln 2)
+    bits = 8 - scores.mean().item() / (784 * math.log(2))
+    assert results["bits per dimension"].item() == pytest.approx(bits, rel=1e-5)
+    assert results["validation nats"] == [-3.0, -2.0] and results["best step"] == 1
+    assert list(results["confidence"]) == ["T = 1", "T = 0.8", "test images"]
+    assert all(0.1 <= value <= 1 for value in results["confidence"].values())
+    assert len(set(results["confidence"].values())) == 3
+    torch.testing.assert_close(seen["rows"]["test images"], test_images[:10] / 255)
+    assert len(seen["rows"]) == 5 and all(len(row) == 10 for row in seen["rows"].values())
+    assert "test images above" in next(iter(pictures))
+
+
+def test_full_scale_improves_on_its_own_validation(fake_mnist):
+    fake_mnist(module)
+    torch.manual_seed(0)
+    results, _ = full_scale(torch.device("cpu"), seed=0, **SLICE)
+    assert results["validation nats"][-1] > results["validation nats"][0]

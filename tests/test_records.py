@@ -182,7 +182,7 @@ def test_a_record_is_shown_with_its_pictures_and_none_says_so(folder, monkeypatc
 
 
 def test_every_record_in_the_book_is_as_its_run_left_it(root):
-    for path in (root / "src/noise2tokens/records").glob("*.json"):
+    for path in (root / "src/noise2tokens/recorded").glob("*.json"):
         chapter, scale = path.stem.split(".")
         record = load_record(chapter, scale)
         assert record.seconds > 0 and record.results

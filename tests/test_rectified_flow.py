@@ -6,32 +6,38 @@ import pytest
 import scipy.stats
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from matplotlib.figure import Figure
 from torch import nn
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 from torchcfm.optimal_transport import OTPlanSampler
 from torchdiffeq import odeint
 
-from noise2tokens import rectified_flow
 from noise2tokens.flow_vs_diffusion.flow_matching import cfm_loss
 from noise2tokens.flow_vs_diffusion.integrators import dormand_prince
 from noise2tokens.flow_vs_diffusion.mixture import GaussianMixture
 from noise2tokens.flow_vs_diffusion.paths import LinearPath
 from noise2tokens.networks import TimeMLP
-from noise2tokens.rectified_flow import (
-    crossing,
+from noise2tokens.rectified_flow import experiment
+from noise2tokens.rectified_flow import reflow as module
+from noise2tokens.rectified_flow.experiment import (
+    full_scale,
+    learn_eight_gaussians,
+    score_eight_gaussians,
+    stratified_noise,
+    stratified_target,
+)
+from noise2tokens.rectified_flow.measures import crossing, straightness, transport_cost
+from noise2tokens.rectified_flow.reflow import (
     distill,
     fit,
     independent_pairs,
     interpolate,
     logit_normal_times,
-    mnist_experiment,
     reflow,
     rf_loss,
     sample,
     shift_times,
     source_times,
-    straightness,
-    transport_cost,
     transport_pairs,
     uniform_times,
 )
@@ -360,22 +366,21 @@ def test_fit_is_deterministic_and_takes_pairs_in_a_tensor():
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
 
 
-def test_fit_anneals_the_learning_rate_to_zero(monkeypatch):
+def test_fit_hands_its_options_to_the_common_loop(monkeypatch):
     kept = {}
-    train = rectified_flow.train
+    common = module.training.fit
 
     def spy(*args, **options):
-        kept.update(options, start=options["optimizer"].param_groups[0]["lr"])
-        return train(*args, **options)
+        kept.update(options)
+        return common(*args, **options)
 
-    monkeypatch.setattr(rectified_flow, "train", spy)
+    monkeypatch.setattr(module.training, "fit", spy)
     network = TimeMLP(1, 8)
     average = running_average(network)
     options = {"steps": 7, "batch_size": 4, "learning_rate": 0.5}
     fit(network, pairs_of_gaussians, average=average, **options)
     assert average.n_averaged == 7
-    assert kept["start"] == 0.5 and kept["batch_size"] == 4
-    assert kept["schedule"].get_last_lr()[0] < 1e-12
+    assert options.items() <= kept.items() and kept["average"] is average
 
 
 class Recorder(nn.Module):
@@ -412,7 +417,7 @@ def test_distilled_student_makes_the_step_at_once_and_the_teacher_is_untouched()
 
 def test_distillation_happens_at_t_1_with_the_options_given(monkeypatch):
     kept = {}
-    monkeypatch.setattr(rectified_flow, "fit", lambda *args, **options: kept.update(options))
+    monkeypatch.setattr(module, "fit", lambda *args, **options: kept.update(options))
     teacher = TimeMLP(1, 8)
     student = distill(teacher, pairs_of_gaussians(8), steps=3, batch_size=4, learning_rate=0.1)
     assert kept == {"steps": 3, "batch_size": 4, "learning_rate": 0.1, "times": source_times}
@@ -440,49 +445,81 @@ def test_reflow_straightens_a_learned_flow():
     assert one_step[1] < 0.3 * one_step[0]
 
 
-# The experiment at full scale, small
+# The experiments
 
 
-@pytest.fixture
-def pixels():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (60, 28, 28), generator=generator).to(torch.uint8)
+def test_stratified_sets_are_nearer_to_each_other_than_random_ones():
+    target = EightGaussians()
+    near = experiment.wasserstein(stratified_target(256, 0), stratified_target(256, 1))
+    draws = torch.Generator().manual_seed(0)
+    random = [target.sample(256, draws).double() for _ in range(2)]
+    assert near < 0.4 * experiment.wasserstein(*random)
+    x = stratified_target(4096, 0)
+    nearest = torch.cdist(x, target.means)
+    assert nearest.argmin(1).bincount().tolist() == [512] * 8
+    assert nearest.amin(1).square().mean().item() == pytest.approx(2 * target.std**2, rel=0.02)
+    assert stratified_noise(4096, 0).std().item() == pytest.approx(1, rel=0.01)
+    with pytest.raises(ValueError, match="12 points"):
+        stratified_target(12, 0)
 
 
-SMALL = {
+@pytest.fixture(scope="module")
+def learned():
+    return learn_eight_gaussians(0, steps=300, more=250, student_steps=150, pairs=2048)
+
+
+def test_flows_and_students_are_what_their_names_say(learned):
+    x1 = stratified_noise(256, 0).float()
+    target, test = stratified_target(256, 1), EightGaussians().sample(200, torch.Generator())
+    found = score_eight_gaussians(learned, x1, target, test, (1, 16))
+    assert list(found) == [*learned.flows, *learned.students]
+    first, longer, second, paired = (found[name] for name in learned.flows)
+    assert set(first) == {"1", "16", "solved", "evaluations", "S", "cost", "nll"}
+    assert min(first["S"], longer["S"]) > 1 > 0.2 > max(second["S"], paired["S"])
+    assert first["1"] > 4 * second["1"] and first["1"] > 4 * paired["1"]
+    assert second["nll"] > longer["nll"] and first["cost"] < 1.2
+    for name, teacher in (("1-RF, distilled", first), ("2-RF, distilled", second)):
+        assert set(found[name]) == {"1"} and found[name]["1"] < max(0.6, 1.3 * teacher["solved"])
+    # What is scored is what it is called: by hand for one flow.
+    two = learned.flows["2-RF"]
+    assert second["1"] == experiment.wasserstein(sample(two, x1, 1).double(), target)
+    assert second["S"] == straightness(two, x1, 25)
+    # A student repeats the ends of its own teacher.
+    for name, teacher in (("1-RF, distilled", "1-RF"), ("2-RF, distilled", "2-RF")):
+        ends = reflow(learned.flows[teacher], x1, tolerance=1e-4)[:, 0]
+        gap = (sample(learned.students[name], x1, 1) - ends).square().mean().sqrt()
+        assert gap < 0.25
+    # The pairs are those of 1-RF, and it stays as it was while the others are trained.
+    again = reflow(learned.flows["1-RF"], learned.pairs[:50, 1], tolerance=1e-4)
+    torch.testing.assert_close(again, learned.pairs[:50], atol=1e-2, rtol=0)
+
+
+SLICE = {
+    "seeds": 1,
+    "plane": {"steps": 2},
     "steps": 2,
+    "reflow_steps": 3,
+    "student_steps": 4,
     "batch_size": 8,
+    "width": 8,
     "pairs": 12,
     "samples": 41,
-    "width": 8,
+    "test_images": 60,
+    "classifier_steps": 3,
     "counts": (1, 2),
     "tolerance": 0.1,
 }
 
 
-def test_the_full_scale_experiment_runs_on_a_slice(pixels):
-    torch.manual_seed(0)
-    labels = torch.arange(60) % 10
-    results, pictures = mnist_experiment(pixels, labels, pixels[:20], CPU, **SMALL)
-    assert list(results) == [
-        "training images",
-        "1-RF",
-        "1-RF, distilled",
-        "2-RF",
-        "2-RF, distilled",
-    ]
-    assert set(results["1-RF"]) == set(results["2-RF"]) == {"1", "2", "RK45", "evaluations"}
-    assert set(results["2-RF, distilled"]) == {"1"}
-    values = [value for found in results.values() for value in found.values()]
-    assert all(math.isfinite(value) and value > -1e-6 for value in values)
-    assert results["1-RF"]["evaluations"] >= 7
-    # Training and test pixels are noise of one kind here, and untrained samples are not.
-    assert results["training images"]["floor"] < results["1-RF"]["1"]
-    for block in pictures.values():
-        assert block.shape == (40, 28, 28) and 0 <= block.min() < block.max() <= 1
+@pytest.fixture
+def images(fake_mnist, monkeypatch):
+    """Real digits in place of MNIST, and nothing for the eight Gaussians, which have their own tests."""
+    fake_mnist(experiment)
+    monkeypatch.setattr(experiment, "_eight_gaussians_over_seeds", lambda *seeds: {"called": seeds})
+    return experiment.mnist(train=True)[0]
 
 
-def test_the_full_scale_experiment_trains_on_what_it_should(pixels, monkeypatch):
+def test_what_each_network_of_full_scale_is_trained_on(images, monkeypatch):
     calls = []
 
     def spy(network, source, **options):
@@ -492,11 +529,13 @@ def test_the_full_scale_experiment_trains_on_what_it_should(pixels, monkeypatch)
         if options.get("average") is not None:
             options["average"].module.end[-1].bias.data += 0.25
 
-    monkeypatch.setattr(rectified_flow, "fit", spy)
+    monkeypatch.setattr(experiment, "fit", spy)
+    monkeypatch.setattr(module, "fit", spy)
     torch.manual_seed(0)
-    mnist_experiment(pixels, torch.arange(60) % 10, pixels[:20], CPU, **SMALL)
+    full_scale(CPU, seed=0, **SLICE)
     first, student, second, last = calls
-    data = pixels[:, None] / 127.5 - 1
+    assert [call[2]["steps"] for call in calls] == [2, 4, 3, 4]
+    data = images[:, None] / 127.5 - 1
     assert first[1].shape == (5, 2, 1, 28, 28)
     distances = (first[1][:, 0, None] - data[None]).abs().flatten(2).amax(2).min(1).values
     assert distances.max() < 1e-6
@@ -506,18 +545,73 @@ def test_the_full_scale_experiment_trains_on_what_it_should(pixels, monkeypatch)
         assert call[2]["times"] is source_times
     assert len(student[1]) == len(second[1]) == len(last[1]) == 12
     assert torch.equal(student[1], second[1]) and not torch.equal(second[1], last[1])
+    # Samples come from the running average, and so do the weights that 2-RF and the students start from.
     assert second[0] is not first[0] and second[0].end[-1].bias == 0.75
-    # Samples come from the running average, and so do the weights that 2-RF starts from.
+    assert student[0].end[-1].bias == 0.75 and last[0].end[-1].bias == 1.0
     for pairs, velocity in ((second[1], 0.25), (last[1], 0.5)):
         same(pairs[:, 1] - pairs[:, 0], torch.full_like(pairs[:, 0], velocity), atol=1e-5)
         assert abs(pairs[:, 1].std() - 1) < 0.05
 
 
-def test_the_pictures_are_one_step_samples_as_pixels(pixels, monkeypatch):
+def test_what_full_scale_measures_is_what_it_says(images, monkeypatch):
+    """With sampling replaced by known images, distances and confidences are those of these images."""
+    judged, drawn, figure = [], {}, Figure()
+
+    def sample_known(velocity, x, count):
+        return torch.full_like(x, 0.2 * count - 1)
+
+    class Known:
+        evaluations = 13
+
+        def __init__(self, x):
+            self.x = torch.zeros_like(x)
+
+    def distance(features, real):
+        judged.append(features.mean().item())
+        return float(len(judged))
+
+    monkeypatch.setattr(experiment, "sample", sample_known)
+    monkeypatch.setattr(experiment, "dormand_prince", lambda v, x, *_: Known(x))
+    monkeypatch.setattr(experiment, "frechet_distance", distance)
+    monkeypatch.setattr(experiment, "image_rows", lambda rows: drawn.update(rows) or figure)
+    monkeypatch.setattr(experiment, "confidence", lambda c, x: x.flatten(1).mean(1))
+    results, pictures = full_scale(CPU, seed=3, **SLICE)
+    assert results["eight gaussians"] == {"called": (3, 1, {"steps": 2})}
+    found = results["mnist"]
+    assert list(found) == [
+        "training images",
+        *(n + s for n in ("1-RF", "2-RF") for s in ("", ", distilled")),
+    ]
+    assert found["training images"]["floor"] == 1 and found["training images"]["confidence"] < -0.3
+    for name in ("1-RF", "2-RF"):
+        assert set(found[name]) == {"1", "2", "solved", "evaluations", "confidence"}
+        assert found[name]["evaluations"] == 13
+        assert found[name]["confidence"] == pytest.approx(-0.8)  # of one-step samples
+        assert set(found[f"{name}, distilled"]) == {"1", "confidence"}
+    assert len({v for f in found.values() for k, v in f.items() if k in ("1", "2", "solved")}) == 8
+    test_images = experiment.mnist(train=False)[0]
+    same(drawn["test images"], test_images[:10] / 255, atol=1e-6)
+    same(drawn["2-RF, one step"], torch.full((10, 28, 28), 0.1), atol=1e-6)
+    same(drawn["1-RF, solved"], torch.full((10, 28, 28), 0.5))
+    assert list(pictures.values()) == [figure] and "test images above" in next(iter(pictures))
+
+
+def test_eight_gaussians_are_repeated_with_consecutive_seeds(monkeypatch):
+    seen = []
+
+    def learn(seed, *, steps):
+        seen.append(seed)
+        return seed
+
+    monkeypatch.setattr(experiment, "learn_eight_gaussians", learn)
     monkeypatch.setattr(
-        rectified_flow, "sample", lambda velocity, x, count: torch.full_like(x, 0.2 * count - 1)
+        experiment,
+        "score_eight_gaussians",
+        lambda learned, source, target, test, counts: {
+            "1-RF": {"S": learned + 0.5, "x": test.sum().item()}
+        },
     )
-    _, pictures = mnist_experiment(pixels, torch.arange(60) % 10, pixels[:20], CPU, **SMALL)
-    assert len(pictures) == 4
-    for block in pictures.values():
-        same(block, torch.full((40, 28, 28), 0.1), atol=1e-6)
+    found = experiment._eight_gaussians_over_seeds(4, 3, {"steps": 2})
+    assert seen == [4, 5, 6] and found["1-RF"]["S"] == [4.5, 5.5, 6.5]
+    assert len(set(found["1-RF"]["x"])) == 3 and len(found["floor"]["1"]) == 3
+    assert all(0 < floor < 0.12 for floor in found["floor"]["1"])

@@ -116,9 +116,9 @@ def files(chapter: str, root: Path = ROOT) -> list[Path]:
         base = root / "src" / Path(*module.split("."))
         found.append(base / "__init__.py" if base.is_dir() else base.with_suffix(".py"))
     package = root / "src" / PACKAGE
-    corpora = sorted((package / "corpora").iterdir()) if package / "data.py" in found else []
-    record = package / "records" / f"{chapter}.json"
-    return [*found, *corpora, *([record] if record.exists() else []), root / LOCK.name]
+    corpora = sorted((package / "corpora").iterdir()) if package / "text.py" in found else []
+    recorded = sorted((package / "recorded").glob(f"{chapter}.*.json"))
+    return [*found, *corpora, *recorded, root / LOCK.name]
 
 
 def digest(chapter: str, scale: str, root: Path = ROOT) -> str:

@@ -49,7 +49,7 @@ def keep(scale: str, root: Path = inputs.ROOT) -> list[Path]:
     found = sorted((root / "_build" / scale / "records").glob("*.json"))
     if not found:
         raise ValueError(f"no run at scale {scale} has left records: make book SCALE={scale}")
-    target = root / "src" / inputs.PACKAGE / "records"
+    target = root / "src" / inputs.PACKAGE / "recorded"
     target.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copy(path, target)) for path in found]
 

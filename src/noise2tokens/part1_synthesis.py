@@ -54,8 +54,22 @@ METHODS = (
     "Rectified flow, one step",
 )
 BUDGETS = {
-    "long": {"seeds": 5, "steps": 2000, "batch_size": 128, "samples": 3000},
-    "full": {"seeds": 5, "steps": 20_000, "batch_size": 128, "samples": 3000},
+    "long": {
+        "seeds": 5,
+        "steps": 2000,
+        "batch_size": 128,
+        "pairs": 20_000,
+        "test_points": 1000,
+        "samples": 3000,
+    },
+    "full": {
+        "seeds": 5,
+        "steps": 20_000,
+        "batch_size": 128,
+        "pairs": 20_000,
+        "test_points": 1000,
+        "samples": 3000,
+    },
 }
 
 
@@ -201,13 +215,16 @@ class Models:
         }
 
 
-def train_models(draw: Callable[[int], Tensor], *, steps: int, batch_size: int) -> Models:
+def train_models(
+    draw: Callable[[int], Tensor], *, steps: int, batch_size: int, pairs: int
+) -> Models:
     """Train the six methods on points of the plane, each with the learning rate that suits it.
 
     Args:
         draw: Returns a number of points of the target.
         steps: Optimizer steps of each model; rectified flow has as many again.
         batch_size: Points a step.
+        pairs: Pairs that flow matching makes for rectified flow.
 
     Returns:
         The models.
@@ -237,16 +254,16 @@ def train_models(draw: Callable[[int], Tensor], *, steps: int, batch_size: int) 
     def velocity_loss(x: Tensor) -> Tensor:
         return cfm_loss(velocity, LINE, x, torch.randn_like(x), torch.rand(len(x)))
 
-    def pair_loss(pairs: Tensor) -> Tensor:
+    def pair_loss(batch: Tensor) -> Tensor:
         return rf_loss(
-            models.straight, pairs[:, 0], pairs[:, 1], uniform_times(len(pairs), pairs.device)
+            models.straight, batch[:, 0], batch[:, 1], uniform_times(len(batch), batch.device)
         )
 
     fit(denoiser, noise_loss, draw, **budget, learning_rate=1e-2, warmup=0.05)
     fit(velocity, velocity_loss, draw, **budget, learning_rate=1e-2, warmup=0.05)
     models.straight.load_state_dict(velocity.state_dict())
-    pairs = reflow(velocity, torch.randn(20_000, 2), tolerance=1e-4)
-    fit(models.straight, pair_loss, pairs, **budget, learning_rate=1e-2, warmup=0.05)
+    reflowed = reflow(velocity, torch.randn(pairs, 2), tolerance=1e-4)
+    fit(models.straight, pair_loss, reflowed, **budget, learning_rate=1e-2, warmup=0.05)
     return models
 
 
@@ -302,7 +319,7 @@ def compare_models(
 
 
 def run(
-    seed: int, *, steps: int, batch_size: int, samples: int
+    seed: int, *, steps: int, batch_size: int, pairs: int, test_points: int, samples: int
 ) -> tuple[Models, list[Entry], Float[Tensor, "n 2"], float]:
     """Train and compare all methods once.
 
@@ -310,6 +327,8 @@ def run(
         seed: Seeds everything.
         steps: Optimizer steps of each model.
         batch_size: Points a step.
+        pairs: Pairs of rectified flow.
+        test_points: Points whose likelihood is taken.
         samples: Points drawn from each model.
 
     Returns:
@@ -322,8 +341,8 @@ def run(
     def draw(n: int) -> Tensor:
         return EightGaussians().sample(n, draws)
 
-    models = train_models(draw, steps=steps, batch_size=batch_size)
-    data, test = draw(20_000), draw(1000)
+    models = train_models(draw, steps=steps, batch_size=batch_size, pairs=pairs)
+    data, test = draw(20_000), draw(test_points)
     floor = sum(sliced_wasserstein(draw(samples), data).item() for _ in range(5)) / 5
     return models, compare_models(models, data, test, samples), data, floor
 
@@ -344,7 +363,7 @@ def draw_clouds(entries: list[Entry], data: Float[Tensor, "n 2"]) -> Figure:
 
 
 def full_scale(
-    device: torch.device, *, seed: int, seeds: int, steps: int, batch_size: int, samples: int
+    device: torch.device, *, seed: int, seeds: int, **budget: int
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
     """Repeat the comparison with several seeds; points of the plane need no GPU, so all of it runs on the CPU.
 
@@ -352,17 +371,13 @@ def full_scale(
         device: Of no effect.
         seed: The first seed; the others follow it.
         seeds: How many.
-        steps: As for `run`, like the rest.
-        batch_size: Points a step.
-        samples: Points drawn from each model.
+        budget: As for `run`.
 
     Returns:
         For each method, lists over seeds: "gap" (left out where there is no likelihood), "distance", "evaluations" and
         "seconds" to sample; the "floor" of each seed. A picture of the first seed's samples.
     """
-    runs = [
-        run(seed + i, steps=steps, batch_size=batch_size, samples=samples)[1:] for i in range(seeds)
-    ]
+    runs = [run(seed + i, **budget)[1:] for i in range(seeds)]
     results: dict[str, Any] = {"floor": [floor for *_, floor in runs]}
     for method, *entries in zip(METHODS, *(entries for entries, *_ in runs), strict=True):
         results[method] = {

@@ -8,7 +8,7 @@ the file is sealed with a hash of its content, and one whose seal does not fit i
 hand is not mistaken for a measurement.
 
 A run leaves its records in the folder named by the environment variable NOISE2TOKENS_RECORDS (else `records/` in the
-current folder). Those that the book shows are kept beside the code, in `noise2tokens/records/`, so that a chapter
+current folder). Those that the book shows are kept beside the code, in `noise2tokens/recorded/`, so that a chapter
 opened on Colab can show them too.
 """
 
@@ -35,10 +35,12 @@ import numpy as np
 import torch
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
+from PIL import Image
 
+from noise2tokens.display import use_style
 from noise2tokens.training import seed_everything
 
-SHIPPED = Path(__file__).parent / "records"
+SHIPPED = Path(__file__).parent / "recorded"
 SCALES = ("small", "long", "full")
 PICTURE_BYTES = 150_000
 
@@ -124,6 +126,7 @@ def measured(
         raise RuntimeError("full scale needs a CUDA GPU, and there is none here")
     device = torch.device("cuda" if scale == "full" else "cpu")
     seed_everything(seed)
+    use_style()
     if scale == "full":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -225,9 +228,13 @@ def _file_name(chapter: str, scale: str) -> str:
 
 
 def _png(figure: Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
     plt.close(figure)
+    # 256 colors (octree: the one method that keeps transparency) are enough, and take a third of the bytes.
+    Image.open(drawn).quantize(256, method=Image.Quantize.FASTOCTREE).save(
+        buffer, "png", optimize=True
+    )
     if buffer.tell() > PICTURE_BYTES:
         raise ValueError(f"{caption!r} takes {buffer.tell()} bytes; the limit is {PICTURE_BYTES}")
     return base64.b64encode(buffer.getvalue()).decode()
@@ -290,7 +297,7 @@ def _commit() -> str:
 
     try:
         # What a run depends on is the code; records that lie beside it are what runs leave.
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)records")
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)recorded")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("NOISE2TOKENS_COMMIT", "unknown")

@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from noise2tokens.display import image_grid
+from noise2tokens.display import image_rows
 from noise2tokens.distribution_transforms.distances import frechet_distance, wasserstein
 from noise2tokens.flow_vs_diffusion.cnf import log_likelihood
 from noise2tokens.flow_vs_diffusion.integrators import Velocity, dormand_prince
@@ -153,6 +152,7 @@ def score_eight_gaussians(
 BUDGETS = {
     "long": {
         "seeds": 3,
+        "plane": {"steps": 1500, "more": 1000, "student_steps": 600, "pairs": 16_384},
         "steps": 1500,
         "reflow_steps": 800,
         "student_steps": 400,
@@ -167,6 +167,7 @@ BUDGETS = {
     },
     "full": {
         "seeds": 5,
+        "plane": {"steps": 1500, "more": 1000, "student_steps": 600, "pairs": 16_384},
         "steps": 5000,
         "reflow_steps": 5000,
         "student_steps": 5000,
@@ -187,6 +188,7 @@ def full_scale(
     *,
     seed: int,
     seeds: int,
+    plane: dict[str, int],
     steps: int,
     reflow_steps: int,
     student_steps: int,
@@ -205,6 +207,7 @@ def full_scale(
         device: Where to train the networks of images; the points of the plane stay on the CPU.
         seed: The first seed of the eight Gaussians, and the seed of MNIST.
         seeds: Seeds of the eight Gaussians.
+        plane: What `learn_eight_gaussians` may use.
         steps: Optimizer steps of 1-RF on MNIST.
         reflow_steps: Steps of 2-RF, which starts from the weights of 1-RF.
         student_steps: Steps of each student.
@@ -223,7 +226,7 @@ def full_scale(
         with its "evaluations", and the mean "confidence" in its one-step samples; for "training images" the "floor" of
         the distance and the confidence, both of as many images as there are samples. And a picture of samples.
     """
-    results: dict[str, Any] = {"eight gaussians": _eight_gaussians_over_seeds(seed, seeds)}
+    results: dict[str, Any] = {"eight gaussians": _eight_gaussians_over_seeds(seed, seeds, plane)}
     torch.manual_seed(seed)
     (images, labels), (unseen, _) = mnist(train=True), mnist(train=False)
     data, test = ((part.to(device)[:, None] / 127.5 - 1) for part in (images, unseen[:test_images]))
@@ -280,26 +283,20 @@ def full_scale(
     caption = "MNIST: test images above; below, each row from the same noise: " + "; ".join(
         name for name in rows if name != "test images"
     )
-    return results | {"mnist": mnist_results}, {caption: draw_rows(rows)}
+    pixels = {name: (images[:, 0] + 1) / 2 for name, images in rows.items()}
+    return results | {"mnist": mnist_results}, {caption: image_rows(pixels)}
 
 
-def draw_rows(rows: dict[str, Float[Tensor, "n 1 height width"]]) -> Figure:
-    """Draw rows of images in [-1, 1], each with its name beside it."""
-    figure, axes = plt.subplots(len(rows), 1, figsize=(6.4, 0.62 * len(rows)))
-    for ax, (name, images) in zip(axes, rows.items(), strict=True):
-        image_grid(images[:, 0].clamp(-1, 1).cpu(), columns=len(images), ax=ax)
-        ax.set_title(name, loc="left", fontsize="x-small", pad=2)
-    return figure
-
-
-def _eight_gaussians_over_seeds(seed: int, seeds: int) -> dict[str, dict[str, list[float]]]:
+def _eight_gaussians_over_seeds(
+    seed: int, seeds: int, plane: dict[str, int]
+) -> dict[str, dict[str, list[float]]]:
     """Learn and score with each seed; for each flow and quantity, a list over seeds."""
     runs = []
     for each in range(seed, seed + seeds):
         source, target = stratified_noise(512, each).float(), stratified_target(512, each + 1)
         test = EightGaussians().sample(2000, torch.Generator().manual_seed(each + 9))
         floor = {"1": wasserstein(target, stratified_target(512, each + 2))}
-        learned = learn_eight_gaussians(each)
+        learned = learn_eight_gaussians(each, **plane)
         scores = score_eight_gaussians(learned, source, target, test, (1, 2, 4, 16))
         runs.append({"floor": floor} | scores)
     return {
