@@ -1,13 +1,14 @@
 import math
-import os
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from matplotlib.figure import Figure
 
+from noise2tokens.ddim_ode import experiment as module
 from noise2tokens.ddim_ode.experiment import (
     NOISES,
-    mnist_experiment,
+    full_scale,
     sampling_table,
     train_denoiser,
 )
@@ -40,7 +41,7 @@ from noise2tokens.flow_vs_diffusion.paths import (
     VariancePreservingPath,
     per_sample,
 )
-from noise2tokens.images import digits, mnist
+from noise2tokens.images import digits
 from noise2tokens.networks import TimeMLP
 from noise2tokens.toys import EightGaussians
 
@@ -551,7 +552,12 @@ def test_a_trained_network_samples_better_with_more_steps_and_with_less_noise():
     eps = as_eps(network, chain, "v")
     start = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
     table = sampling_table(
-        eps, chain, start, [5, 20], lambda x: energy_distance(x, data[:1000]).item()
+        eps,
+        chain,
+        start,
+        [5, 20],
+        lambda x: energy_distance(x, data[:1000]).item(),
+        spacing="leading",
     )
     assert list(table) == list(NOISES) and all(len(column) == 2 for column in table.values())
     assert table["η = 0"][1] < table["η = 0"][0] < 0.08
@@ -561,7 +567,9 @@ def test_a_trained_network_samples_better_with_more_steps_and_with_less_noise():
 def test_the_table_draws_from_its_seed():
     chain, start = chain_of(VP, 1000), samples(5, 2)
     tables = [
-        sampling_table(exact_eps(MIXTURE, VP), chain, start, [3], lambda x: x, seed)
+        sampling_table(
+            exact_eps(MIXTURE, VP), chain, start, [3], lambda x: x, spacing="leading", seed=seed
+        )
         for seed in (1, 1, 2)
     ]
     for name in NOISES:
@@ -570,6 +578,16 @@ def test_the_table_draws_from_its_seed():
         assert torch.equal(first, other) == (name == "η = 0")
     by_hand = ddim_sample(exact_eps(MIXTURE, VP), chain, start, [667, 334, 1, 0])
     assert torch.equal(tables[0]["η = 0"][0], by_hand)
+    trailing = sampling_table(
+        exact_eps(MIXTURE, VP), chain, start, [3], lambda x: x, spacing="trailing"
+    )
+    by_hand = ddim_sample(exact_eps(MIXTURE, VP), chain, start, [1000, 667, 333, 0])
+    assert torch.equal(trailing["η = 0"][0], by_hand)
+    draws = torch.Generator().manual_seed(1)
+    by_hand = ddim_sample(
+        exact_eps(MIXTURE, VP), chain, start, [1000, 667, 333, 0], eta=0.5, generator=draws
+    )
+    assert torch.equal(trailing["η = 0.5"][0], by_hand)
 
 
 def test_the_average_and_not_the_last_weights_come_back():
@@ -583,34 +601,72 @@ def test_the_average_and_not_the_last_weights_come_back():
     assert (last - mean).abs().max() < 0.1
 
 
-@pytest.mark.skipif("NOISE2TOKENS_DATA" not in os.environ, reason="needs MNIST")
-def test_the_full_scale_experiment_runs_on_a_slice(monkeypatch):
-    seen = []
+SLICE = dict(
+    steps=2, batch_size=16, width=8, samples=31, counts=(2, 3), test_images=40, classifier_steps=2
+)  # fmt: skip
 
-    def spy(network, schedule, data, **options):
-        seen.append(data)
-        return train_denoiser(network, schedule, data, **options)
 
-    monkeypatch.setattr("noise2tokens.ddim_ode.experiment.train_denoiser", spy)
-    (images, labels), (test_images, _) = mnist(train=True), mnist(train=False)
+def test_what_full_scale_trains_judges_and_shows(fake_mnist, monkeypatch):
+    fake_mnist(module)
+    seen = {"tables": [], "judged": []}
+
+    def training(network, schedule, data, **options):
+        seen.update(data=data, schedule=schedule, network=network, **options)
+        return lambda x, t: torch.zeros_like(x), None  # v = 0 everywhere
+
+    def distance(features, real):
+        seen["judged"].append(len(features))
+        seen["real"] = real
+        return float(len(seen["judged"]))
+
+    def table(eps, schedule, start, counts, score, **options):
+        seen["tables"].append((start, tuple(counts), options))
+        return sampling_table(eps, schedule, start, counts, score, **options)
+
+    monkeypatch.setattr(module, "train_denoiser", training)
+    monkeypatch.setattr(module, "frechet_distance", distance)
+    monkeypatch.setattr(module, "sampling_table", table)
+    monkeypatch.setattr(module, "image_rows", lambda rows: seen.update(rows=rows) or Figure())
     torch.manual_seed(0)
-    table, floor, shown = mnist_experiment(
-        images[:300],
-        labels[:300],
-        test_images[:30],
-        torch.device("cpu"),
-        steps=2,
-        classifier_steps=20,
-        batch_size=16,
-        width=8,
-        samples=30,
-        counts=(2, 3),
-        chunk=20,
-    )
-    assert list(table) == list(NOISES)
-    assert all(len(column) == 2 and min(column) > floor > 0 for column in table.values())
-    assert shown.shape == (30, 1, 32, 32)
-    assert seen[0].min() == -1 and seen[0].max() == 1 and seen[0].shape == (300, 1, 32, 32)
+    results, pictures = full_scale(torch.device("cpu"), seed=3, **SLICE)
+    images, tests = module.mnist(train=True)[0], module.mnist(train=False)[0][:40]
+    assert seen["data"].shape == (1400, 1, 32, 32)
+    close(seen["data"][:, 0, 2:-2, 2:-2], images / 127.5 - 1, atol=1e-6)
+    assert (seen["data"][:, :, :2] == -1).all(), "the border is black"
+    assert seen["steps"] == 2 and seen["batch_size"] == 16
+    assert len(seen["real"]) == 40 and set(seen["judged"]) == {31}
+    (first, counts, options), (second, _, others) = seen["tables"]
+    assert torch.equal(first, second) and counts == (2, 3) and first.shape == (31, 1, 32, 32)
+    assert options == {"spacing": "leading", "seed": 4} and others["spacing"] == "trailing"
+    start = torch.randn(31, 1, 32, 32, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(first, start)
+    assert results["counts"] == [2, 3] and list(results["leading"]) == list(NOISES)
+    # Distances are numbered in the order in which they were asked for: by count, then by noise.
+    assert results["leading"]["η = 0.5"]["distance"] == [2.0, 6.0]
+    assert results["trailing"]["σ̂"]["distance"] == [12.0, 16.0]
+    assert results["training images"]["distance"] == 17.0
+    # v = 0 means ε = σ x: DDIM only shrinks, and every row of the picture is that of its own noise.
+    rows = seen["rows"]
+    assert list(rows)[0] == "test images" and len(rows) == 5
+    close(rows["test images"], tests[:10] / 255, atol=1e-6)
+    eps = as_eps(lambda x, t: torch.zeros_like(x), seen["schedule"], "v")
+    for noise, row in zip(NOISES.values(), list(rows.values())[1:], strict=True):
+        draws = torch.Generator().manual_seed(4)
+        made = ddim_sample(
+            eps, seen["schedule"], start[:10], [1000, 667, 333, 0], generator=draws, **noise
+        )
+        close(row, (made[:, 0, 2:-2, 2:-2] + 1) / 2, atol=1e-6)
+    assert "test images above" in next(iter(pictures))
+
+
+def test_parts_are_the_whole():
+    x, t = samples(7, 2), torch.rand(7).double()
+
+    def network(x, t):
+        assert len(x) <= 3
+        return x * t[:, None]
+
+    assert torch.equal(module.in_parts(network, 3)(x, t), x * t[:, None])
 
 
 # Bad input

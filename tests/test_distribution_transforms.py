@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 from jaxtyping import config
+from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import rbf_kernel
@@ -14,6 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal, kl_divergence
 
+from noise2tokens.distribution_transforms import experiment
 from noise2tokens.distribution_transforms.distances import (
     classifier_two_sample_test,
     donsker_varadhan,
@@ -578,8 +580,8 @@ def test_a_gan_moves_noise_to_data(loss):
 
     start = wasserstein(gan.sample(500), draw(500))
     steps = 150 if loss == "wasserstein" else 400
-    judge_steps = 3 if loss == "wasserstein" else 1
-    options = dict(steps=steps, batch_size=64, learning_rate=2e-3, judge_steps=judge_steps)
+    critic_steps = 3 if loss == "wasserstein" else 1
+    options = dict(steps=steps, batch_size=64, learning_rate=2e-3, critic_steps=critic_steps)
     losses = fit_gan(gan, draw, loss=loss, **options)
     end = wasserstein(gan.sample(500), draw(500))
     assert end < 0.35 * start and len(losses) == steps
@@ -594,7 +596,7 @@ def test_fit_gan_takes_the_steps_it_says():
         asked.append(n)
         return torch.zeros(n, 2)
 
-    options = dict(steps=5, batch_size=8, learning_rate=1e-3, judge_steps=3)
+    options = dict(steps=5, batch_size=8, learning_rate=1e-3, critic_steps=3)
     fit_gan(gan, draw, loss="wasserstein", watch=seen.append, watch_every=2, **options)
     assert asked == [8] * 15 and seen == [0, 2, 4, 5]
     assert all(
@@ -613,19 +615,19 @@ def test_one_step_of_the_judge_and_of_the_generator():
         scores = gan.score(real), gan.score(fake)
         judged = critic_loss(*scores) if loss == "wasserstein" else discriminator_loss(*scores)
         penalty = gradient_penalty(gan.score, real, fake) if loss == "wasserstein" else 0
-        slope = torch.autograd.grad(judged + 300 * penalty, gan.judge[0].weight, retain_graph=True)[
-            0
-        ]
+        slope = torch.autograd.grad(
+            judged + 300 * penalty, gan.critic[0].weight, retain_graph=True
+        )[0]
         if loss == "wasserstein":  # some signs depend on the weight of the penalty
-            other = torch.autograd.grad(judged + penalty, gan.judge[0].weight)[0]
+            other = torch.autograd.grad(judged + penalty, gan.critic[0].weight)[0]
             assert (other.sign() != slope.sign()).any()
-        first, second = gan.judge[0].weight.clone(), gan.generator[0].weight.clone()
+        first, second = gan.critic[0].weight.clone(), gan.generator[0].weight.clone()
         torch.manual_seed(1)
         options = dict(steps=1, batch_size=16, learning_rate=1e-3, penalty=300)
         (reported,) = fit_gan(gan, lambda n, real=real: real, loss=loss, **options)
         assert reported == pytest.approx(judged.item(), rel=1e-5)
         clear = slope.abs() > 1e-4
-        moved = gan.judge[0].weight - first
+        moved = gan.critic[0].weight - first
         torch.testing.assert_close(moved[clear], -1e-3 * slope.sign()[clear], atol=2e-5, rtol=0)
         # The generator stepped after the judge: against the gradient of its own loss.
         torch.manual_seed(1)
@@ -713,7 +715,7 @@ def test_bad_arguments_are_named(unchecked, vae):
     with pytest.raises(ValueError, match=r"one shape, got \(3, 2\), \(4, 2\)"):
         gradient_penalty(lambda x: x.sum(1), draws(3, 2), draws(4, 2))
     options = dict(loss="minimax", steps=1, batch_size=1, learning_rate=1e-3)
-    changes = dict(loss="hinge"), dict(steps=0), dict(batch_size=0), dict(judge_steps=0)
+    changes = dict(loss="hinge"), dict(steps=0), dict(batch_size=0), dict(critic_steps=0)
     for change in changes:
         with pytest.raises(ValueError, match="need a loss of"):
             fit_gan(GAN(2, 2, 2), lambda n: torch.zeros(n, 2), **(options | change))
@@ -796,3 +798,68 @@ def test_full_scale_experiments_learn_on_mnist():
     _, history, elbo, bound = mnist_experiment(images, test_images, torch.device("cpu"), **options)
     assert history.losses[-1] < 220 < history.losses[0]
     assert -220 < elbo.mean() < bound.mean() < -100
+
+
+def test_what_full_scale_trains_scores_and_shows(fake_mnist, monkeypatch):
+    fake_mnist(experiment)
+    seen, rows = [], {}
+
+    class Known:
+        """A model whose samples are constant images of a known brightness."""
+
+        def __init__(self, brightness):
+            self.brightness = brightness
+
+        def sample(self, n, labels=None):
+            assert labels is None or torch.equal(labels, torch.arange(n) % 10)
+            return torch.full((n, 784), self.brightness)
+
+    def iwae(images, unseen, device, **options):
+        seen.append(("iwae", len(images), len(unseen), options))
+        k = options["train_draws"]
+        return (
+            Known(0.1 * (1 + (k > 1))),
+            None,
+            torch.tensor([-110.0, -90.0]),
+            torch.tensor([-99.0, -97.0]) + k,
+        )
+
+    def by_class(images, labels, device, **options):
+        seen.append(("class", len(images), len(labels), options))
+        return Known(0.3)
+
+    def adversarial(images, device, **options):
+        seen.append(("gan", len(images), 0, options))
+        return Known(0.4), []
+
+    monkeypatch.setattr(experiment.vae, "mnist_experiment", iwae)
+    monkeypatch.setattr(experiment.vae, "mnist_classes_experiment", by_class)
+    monkeypatch.setattr(experiment.gan, "mnist_experiment", adversarial)
+    monkeypatch.setattr(experiment, "image_rows", lambda found: rows.update(found) or Figure())
+    sizes = dict(batch_size=7, test_images=40, test_draws=9, class_steps=4, gan_steps=5)
+    results, pictures = experiment.full_scale(
+        torch.device("cpu"), seed=6, steps={1: 2, 5: 3}, samples=31, classifier_steps=2, **sizes
+    )
+    assert [(name, n, m) for name, n, m, _ in seen] == [
+        ("iwae", 1400, 40), ("iwae", 1400, 40), ("class", 1400, 1400), ("gan", 1400, 0),
+    ]  # fmt: skip
+    common = {"batch_size": 7, "test_draws": 9, "seed": 6}
+    assert seen[0][3] == common | {"train_draws": 1, "steps": 2}
+    assert seen[1][3] == common | {"train_draws": 5, "steps": 3}
+    assert seen[2][3] == {"steps": 4, "batch_size": 7} and seen[3][3] == {
+        "steps": 5,
+        "batch_size": 7,
+    }
+    assert results["bounds"]["1"]["-ELBO"] == 100 and results["bounds"]["1"]["-L"] == 97
+    assert results["bounds"]["5"]["-L"] == 93
+    error = results["bounds"]["1"]["standard error"].item()
+    assert error == pytest.approx(2**0.5 / 2**0.5)
+    names = ["training images", "VAE", "IWAE, K = 5", "conditional VAE, 0 to 9", "WGAN-GP"]
+    assert list(results["samples"]) == names
+    distances = [found["distance"] for found in results["samples"].values()]
+    assert min(distances) == distances[0] and len(set(distances)) == 5
+    assert list(rows) == ["test images", *names[1:]]
+    torch.testing.assert_close(rows["test images"], experiment.mnist(train=False)[0][:10] / 255)
+    for name, brightness in zip(names[1:], (0.1, 0.2, 0.3, 0.4), strict=True):
+        assert rows[name].shape == (10, 28, 28) and (rows[name] == brightness).all()
+    assert "test images above" in next(iter(pictures))

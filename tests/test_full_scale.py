@@ -15,8 +15,23 @@ from tools.records import experiment
 
 # A budget that takes seconds, for each chapter.
 SLICES: dict[str, dict] = {
+    "01_distribution_transforms": dict(
+        steps={1: 2, 5: 2}, batch_size=8, test_images=40, test_draws=4, class_steps=2, gan_steps=2, samples=31,
+        classifier_steps=2,
+    ),
     "02_nice": dict(
         steps=3, batch_size=8, hidden=[16] * 2, held_out=1380, test_images=30, samples=25, classifier_steps=3
+    ),
+    "03_realnvp_glow": dict(
+        digit_seeds=1, digit_steps=2, permutations=("conv",), steps=2, batch_size=8, depth=1, width=8, held_out=1380,
+        test_images=30, samples=25, classifier_steps=2,
+    ),
+    "04_flow_vs_diffusion": dict(
+        steps=2, batch_size=8, width=8, samples=31, scored=6, test_images=40, classifier_steps=2, counts=(1, 2),
+        chain_samples=0, tolerance=1e-3,
+    ),
+    "05_ddim_ode": dict(
+        steps=2, batch_size=8, width=8, samples=31, counts=(2, 3), test_images=40, classifier_steps=2
     ),
     "06_rectified_flow": dict(
         seeds=1, plane=dict(steps=2, more=2, student_steps=2, pairs=512), steps=2, reflow_steps=2,

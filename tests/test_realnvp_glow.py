@@ -4,6 +4,7 @@ import normflows
 import pytest
 import torch
 import zuko
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,34 +12,42 @@ pytest.register_assert_rewrite("flow_contract")
 from flow_contract import *  # noqa: E402, F403
 from flow_contract import Case  # noqa: E402
 
-from noise2tokens.data import dequantise, digits  # noqa: E402
-from noise2tokens.nice import Chain, DiagonalScale, bits_per_dim, gaussian_log_prob, mlp  # noqa: E402
-from noise2tokens.realnvp_glow import (  # noqa: E402
+from noise2tokens.images import dequantize, digits  # noqa: E402
+from noise2tokens.nice import (  # noqa: E402
+    Chain,
+    DiagonalScale,
+    bits_per_dim,
+    evaluate,  # noqa: E402
+    gaussian_log_prob,
+    mlp,
+)
+from noise2tokens.realnvp_glow import experiment  # noqa: E402
+from noise2tokens.realnvp_glow.coupling import (  # noqa: E402
     BOUND,
-    ActNorm,
     AffineCoupling,
+    RealNVP,
+    fit_points,
+    log_scale,
+    start_at_zero,
+)
+from noise2tokens.realnvp_glow.experiment import class_walk, fit_images, full_scale  # noqa: E402
+from noise2tokens.realnvp_glow.multiscale import (  # noqa: E402
+    ActNorm,
     ChannelCoupling,
     Glow,
     ImageRealNVP,
     Invertible1x1Conv,
     Invertible1x1ConvLU,
     PermuteChannels,
-    RealNVP,
     Split,
     Squeeze,
     channel_mask,
     checkerboard,
-    class_walk,
     convnet,
-    evaluate,
-    fit_images,
-    fit_points,
     glow_step,
-    initialise,
-    log_scale,
-    mnist_experiment,
-    start_at_zero,
+    initialize,
 )
+from noise2tokens.training import History  # noqa: E402
 
 EVEN5 = torch.arange(5) % 2 == 0
 
@@ -171,7 +180,7 @@ def test_squeeze_is_that_of_normflows_and_takes_2x2_squares():
 def test_actnorm_is_that_of_normflows_started_from_data(shape):
     x = 5 + 3 * samples(40, *shape)
     flow = ActNorm(shape).double()
-    initialise(flow, x)
+    initialize(flow, x)
     # The layer of normflows starts from whichever direction runs first: here the one from data to latents.
     peer = normflows.flows.ActNorm((shape[0],) + (1,) * (len(shape) - 1)).double()
     z, _ = peer.inverse(x)
@@ -331,12 +340,12 @@ def test_1x1_convolutions_start_as_rotations(kind):
     assert not torch.allclose(kind((6, 2, 3)).double()(x)[0], y)
 
 
-def test_initialise_standardises_every_actnorm_on_the_way_and_nothing_else():
+def test_initialize_standardizes_every_actnorm_on_the_way_and_nothing_else():
     torch.manual_seed(0)
     flow = Glow((1, 8, 8), 2, 2, 8).double()
     x = 100 + 20 * samples(64, 1, 8, 8)
     before = {name: p.clone() for name, p in flow.named_parameters()}
-    initialise(flow, x)
+    initialize(flow, x)
     arrived = []
     norms = [layer for layer in flow.modules() if isinstance(layer, ActNorm)]
     for layer in norms:
@@ -357,7 +366,7 @@ def test_a_constant_channel_does_not_divide_by_zero():
     flow = ActNorm((2, 3, 3))
     x = torch.randn(8, 2, 3, 3)
     x[:, 0] = 1
-    initialise(flow, x)
+    initialize(flow, x)
     assert torch.isfinite(flow(x)[0]).all() and torch.isfinite(flow(x)[1]).all()
 
 
@@ -503,7 +512,7 @@ def test_fit_images_starts_from_data_and_learns():
     untrained = bits_per_dim(torch.tensor([-history.validation[0]]), 64, 17).item()
     assert untrained < 5, "without a start from data it is above 5"
     noisy = [
-        dequantise(part.flatten(1), 17, torch.Generator().manual_seed(1))
+        dequantize(part.flatten(1), 17, torch.Generator().manual_seed(1))
         for part in (images[:1200], images[1400:])
     ]
     ours = evaluate(flow, images[1400:], 17).mean()
@@ -513,9 +522,9 @@ def test_fit_images_starts_from_data_and_learns():
 
 @pytest.fixture
 def without_noise(monkeypatch):
-    """Dequantise to the middle of the cell, so that values can be compared."""
+    """Dequantize to the middle of the cell, so that values can be compared."""
     monkeypatch.setattr(
-        "noise2tokens.nice.dequantise", lambda v, levels, generator: (v + 0.5) / levels
+        "noise2tokens.nice.dequantize", lambda v, levels, generator: (v + 0.5) / levels
     )
 
 
@@ -549,25 +558,86 @@ def test_a_class_walk_moves_mean_latents_from_class_to_class():
         class_walk(flow, x, labels, 1, 7, torch.ones(1))
 
 
-def test_the_full_scale_experiment_runs_on_a_slice(without_noise):
-    pixels = torch.randint(0, 256, (40, 28, 28), generator=torch.Generator().manual_seed(0))
-    pixels = pixels.to(torch.uint8)
-    torch.manual_seed(0)
-    flow, history, scores = mnist_experiment(
-        pixels,
-        pixels[:7],
-        torch.device("cpu"),
-        permutation="conv",
-        steps=3,
-        batch_size=8,
-        held_out=10,
-        depth=1,
-        width=8,
+SLICE = dict(
+    digit_seeds=1, digit_steps=2,
+    permutations=("reverse", "conv"), steps=2, batch_size=8, depth=1, width=8, held_out=1380,
+    test_images=30, samples=25, classifier_steps=2,
+)  # fmt: skip
+
+
+def test_what_full_scale_trains_scores_and_shows(fake_mnist, monkeypatch):
+    fake_mnist(experiment)
+    seen = []
+
+    def training(flow, images, validation, levels, **options):
+        seen.append((flow, images, validation, levels, options))
+        return History(validation=[9000.0, 8000.0])
+
+    rows = []
+    monkeypatch.setattr(experiment, "_digits_over_seeds", lambda *sizes: {"called": sizes})
+    monkeypatch.setattr(experiment, "fit_images", training)
+    monkeypatch.setattr(experiment, "image_rows", lambda found: rows.append(found) or Figure())
+    results, pictures = full_scale(torch.device("cpu"), seed=5, **SLICE)
+    images, tests = experiment.mnist(train=True)[0], experiment.mnist(train=False)[0][:30]
+    assert list(results) == ["digits", "reverse", "conv", "confidence"] and len(seen) == 2
+    assert results["digits"] == {"called": (5, 1, 2)}
+    for (flow, kept, validation, levels, options), way in zip(
+        seen, SLICE["permutations"], strict=True
+    ):
+        assert torch.equal(kept, F.pad(images[:20, None], (2, 2, 2, 2))) and levels == 256
+        assert torch.equal(validation, F.pad(images[20:, None], (2, 2, 2, 2)))
+        assert options["steps"] == 2 and options["batch_size"] == 8
+        kind = Invertible1x1ConvLU if way == "conv" else PermuteChannels
+        assert any(isinstance(part, kind) for part in flow.modules())
+        # Bits for the padded image, shared among the 784 pixels that it has; the border costs its 8 bits a pixel.
+        scores = evaluate(flow, F.pad(tests[:, None], (2, 2, 2, 2)), 256, draws=2, seed=5)
+        bits = (1024 * 8 - scores / math.log(2)) / 784
+        assert results[way]["bits"].item() == pytest.approx(bits.mean().item(), rel=1e-5)
+        error = bits.std().item() / 30**0.5
+        assert results[way]["standard error"].item() == pytest.approx(error, rel=1e-4)
+        expected = [(1024 * 8 + nats / math.log(2)) / 784 for nats in (9000.0, 8000.0)]
+        torch.testing.assert_close(
+            results[way]["validation bits"].tolist(), expected, rtol=1e-5, atol=0
+        )
+    assert list(results["confidence"]) == ["T = 1", "T = 0.7", "test images"]
+    samples, ways = rows
+    torch.testing.assert_close(samples["test images"], tests[:10] / 255)
+    assert len(samples) == 5 and all(row.shape == (10, 28, 28) for row in samples.values())
+    # The walk starts at fours of the training set (up to the noise of a pixel).
+    fours = images[experiment.mnist(train=True)[1] == 4][:4]
+    starts = torch.stack([way[0] for way in ways.values()])
+    torch.testing.assert_close(starts, (fours + 0.5) / 256, atol=0.003, rtol=0)
+    assert len(pictures) == 2 and "test images above" in next(iter(pictures))
+
+
+def test_the_comparison_on_digits_is_at_equal_steps_and_over_consecutive_seeds(monkeypatch):
+    seen = []
+
+    def training(flow, images, validation, levels, **options):
+        seen.append((type(flow).__name__, images, options["steps"], torch.rand(()).item()))
+        return History(losses=[50.0, 40.0, 30.0])
+
+    monkeypatch.setattr(experiment, "fit_images", training)
+    found = experiment._digits_over_seeds(4, 2, 3)
+    assert [name for name, *_ in seen] == ["ImageRealNVP", *["Glow"] * 4] * 2
+    assert all(len(images) == 1293 and steps == 3 for _, images, steps, _ in seen)
+    assert not torch.equal(seen[0][1], seen[5][1]) and torch.equal(seen[0][1], seen[4][1])
+    assert list(found) == list(experiment.DIGIT_FLOWS)
+    assert found["Glow, 1×1"]["loss"] == pytest.approx(
+        [math.log2(17) + 30 / (64 * math.log(2))] * 2, rel=1e-5
     )
-    assert len(history.losses) == 3 and scores.shape == (7,)
-    padded = (F.pad(pixels[:7, None], (2, 2, 2, 2)) + 0.5) / 256
-    with torch.no_grad():
-        log_p = flow.log_prob(padded)
-    # Bits for the padded image, shared among the 784 pixels that it has.
-    bits = (1024 * 8 - log_p / math.log(2)) / 784
-    torch.testing.assert_close(bits_per_dim(scores, 784, 256), bits, rtol=1e-5, atol=1e-4)
+    assert len(found["RealNVP"]["bits"]) == 2
+    flows, _, bits = experiment.compare_on_digits(4, steps=3)
+    assert bits["RealNVP"].shape == (360,)
+    assert found["RealNVP"]["bits"][0] == pytest.approx(bits["RealNVP"].mean().item(), rel=1e-5)
+    mixers = {"reverse": PermuteChannels, "shuffle": PermuteChannels, "1×1": Invertible1x1ConvLU}
+    for name, kind in mixers.items():
+        assert any(isinstance(part, kind) for part in flows[f"Glow, {name}"].modules())
+
+
+def test_full_scale_runs_as_it_is(fake_mnist, monkeypatch):
+    fake_mnist(experiment)
+    monkeypatch.setattr(experiment, "_digits_over_seeds", lambda *sizes: {})
+    results, _ = full_scale(torch.device("cpu"), seed=0, **{**SLICE, "permutations": ("conv",)})
+    curve = results["conv"]["validation bits"]
+    assert curve[-1] < curve[0] < 12

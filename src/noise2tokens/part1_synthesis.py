@@ -33,7 +33,7 @@ from noise2tokens.flow_vs_diffusion.integrators import dormand_prince
 from noise2tokens.flow_vs_diffusion.paths import LinearPath, VariancePreservingPath, per_sample
 from noise2tokens.networks import TimeMLP, mlp
 from noise2tokens.nice import NICE
-from noise2tokens.realnvp_glow import RealNVP
+from noise2tokens.realnvp_glow.coupling import RealNVP
 from noise2tokens.rectified_flow.reflow import reflow, rf_loss, sample, uniform_times
 from noise2tokens.toys import EightGaussians
 from noise2tokens.training import fit, seed_everything

@@ -4,17 +4,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from noise2tokens.ddim_ode.sampling import as_eps, chain_of, ddim_sample, sub_sequence
+from noise2tokens.display import image_rows
 from noise2tokens.distribution_transforms.distances import frechet_distance
 from noise2tokens.flow_vs_diffusion.diffusion import Network, NoiseSchedule, draw_steps, eps_loss
 from noise2tokens.flow_vs_diffusion.paths import VariancePreservingPath
-from noise2tokens.images import pad_to_32
-from noise2tokens.networks import UNet, train_classifier
-from noise2tokens.training import History, running_average, train
+from noise2tokens.images import mnist, pad_to_32
+from noise2tokens.networks import UNet, confidence, train_classifier
+from noise2tokens.training import History, fit, running_average
 
 # The columns of the table: how much noise each step adds.
 NOISES = {
@@ -52,17 +54,15 @@ def train_denoiser(
     Returns:
         The averaged network, to be asked through `as_eps(..., "v")`, and the curve.
     """
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
     average = running_average(network, 1 - 1 / memory)
     eps = as_eps(network, schedule, "v")
-    history = train(
+    history = fit(
         network,
         lambda x: eps_loss(eps, schedule, x, torch.randn_like(x), draw_steps(schedule, x)),
         data,
         steps=steps,
         batch_size=batch_size,
-        optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+        learning_rate=learning_rate,
         average=average,
         label="denoiser",
     )
@@ -75,11 +75,11 @@ def sampling_table(
     start: Float[Tensor, "n *event"],
     counts: Sequence[int],
     score: Callable[[Float[Tensor, "n *event"]], Any],
+    *,
+    spacing: str,
     seed: int = 1,
 ) -> dict[str, list]:
     """Sample from the same starting noise with each number of steps and each amount of noise, and score the samples.
-
-    The steps are evenly spaced, "leading", as in the paper for all data sets but CIFAR-10.
 
     Args:
         eps: Predicts the noise.
@@ -87,6 +87,7 @@ def sampling_table(
         start: Standard normal.
         counts: Numbers of evaluations.
         score: Returns what is to be kept of a set of samples.
+        spacing: Of the steps, as for `sub_sequence`: the paper has "leading" for all data sets but CIFAR-10.
         seed: Of the noise added on the way; not the one that `start` was drawn with, or both are the same numbers.
 
     Returns:
@@ -94,7 +95,7 @@ def sampling_table(
     """
     table = {name: [] for name in NOISES}
     for count in counts:
-        steps = sub_sequence(schedule.steps, count, "leading")
+        steps = sub_sequence(schedule.steps, count, spacing)
         for name, noise in NOISES.items():
             generator = torch.Generator(start.device).manual_seed(seed)
             samples = ddim_sample(eps, schedule, start, steps, generator=generator, **noise)
@@ -102,46 +103,67 @@ def sampling_table(
     return table
 
 
-def mnist_experiment(
-    images: UInt8[Tensor, "n 28 28"],
-    labels: Int[Tensor, "n"],
-    test_images: UInt8[Tensor, "m 28 28"],
+BUDGETS = {
+    "long": {
+        "steps": 1800,
+        "batch_size": 64,
+        "width": 16,
+        "samples": 500,
+        "counts": (5, 10, 20),
+        "test_images": 10_000,
+        "classifier_steps": 1000,
+    },
+    "full": {
+        "steps": 10_000,
+        "batch_size": 256,
+        "width": 64,
+        "samples": 5000,
+        "counts": (5, 10, 20, 50, 100, 1000),
+        "test_images": 10_000,
+        "classifier_steps": 3000,
+    },
+}
+
+
+def full_scale(
     device: torch.device,
     *,
-    steps: int = 10_000,
-    classifier_steps: int = 3000,
-    batch_size: int = 256,
-    width: int = 64,
-    samples: int = 5000,
-    counts: Sequence[int] = (10, 20, 50, 100, 1000),
-    chunk: int = 1000,
-) -> tuple[dict[str, list[float]], float, Float[Tensor, "k 1 32 32"]]:
-    """Train a U-Net on MNIST, padded to 32×32, and fill the table with Fréchet distances of a classifier's features.
+    seed: int,
+    steps: int,
+    batch_size: int,
+    width: int,
+    samples: int,
+    counts: Sequence[int],
+    test_images: int,
+    classifier_steps: int,
+) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """Train a U-Net on MNIST, padded to 32×32, and fill the paper's table on two grids of steps.
 
     Args:
-        images: Training pixels, 0 to 255; the reference of all distances.
-        labels: Their classes, for the classifier.
-        test_images: Test pixels: their distance to the training images is the floor, for as many of them as `samples`.
         device: Where to run.
+        seed: Of the noise.
         steps: Optimizer steps of the U-Net.
-        classifier_steps: Optimizer steps of the classifier.
         batch_size: Images a step.
         width: Of the U-Net.
-        samples: Images drawn for each distance.
+        samples: Images drawn for each entry of the table.
         counts: Numbers of evaluations.
-        chunk: Images that go through the network at a time.
+        test_images: Test images, the reference of all distances.
+        classifier_steps: Optimizer steps of the classifier.
 
     Returns:
-        The table, the floor, and up to 40 samples of DDIM with the first number of evaluations.
+        "counts"; for both spacings and each key of `NOISES`, lists over the counts: Fréchet "distance" of a
+        classifier's features to the test images, and the classifier's mean "confidence"; the same two for as many
+        training images as there are samples ("training images"). A picture of samples.
 
     Source: Song et al. 2021 (DDIM), section 5.1 and appendix D.2 (linear steps); data, network and features are
         others.
     """
+    (images, labels), (unseen, _) = mnist(train=True), mnist(train=False)
 
     def scaled(pixels: Tensor) -> Tensor:
         return pad_to_32(pixels.to(device)) / 127.5 - 1
 
-    data = scaled(images)
+    data, test = scaled(images), scaled(unseen[:test_images])
     schedule = chain_of(VariancePreservingPath(), 1000)
     classifier = train_classifier(
         data, labels.to(device), steps=classifier_steps, batch_size=batch_size
@@ -152,23 +174,48 @@ def mnist_experiment(
         data,
         steps=steps,
         batch_size=batch_size,
-        learning_rate=5e-4,
-        memory=1000,
+        learning_rate=1e-3,
+        memory=max(1, steps // 15),
     )
-    whole = as_eps(network, schedule, "v")
+    eps = in_parts(as_eps(network, schedule, "v"))
+    real = classifier.features(test)
 
-    def eps(x: Tensor, t: Tensor) -> Tensor:
-        return torch.cat(
-            [whole(*part) for part in zip(x.split(chunk), t.split(chunk), strict=True)]
-        )
+    def judge(x: Tensor) -> dict[str, float]:
+        x = x.clamp(-1, 1)
+        return {
+            "distance": frechet_distance(classifier.features(x), real),
+            "confidence": confidence(classifier, x).mean().item(),
+        }
 
-    real = classifier.features(data)
-
-    def distance(x: Tensor) -> float:
-        return frechet_distance(classifier.features(x), real)
-
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     start = torch.randn(samples, 1, 32, 32, generator=generator, device=device)
-    table = sampling_table(eps, schedule, start, counts, distance)
-    shown = ddim_sample(eps, schedule, start[:40], sub_sequence(1000, counts[0], "leading"))
-    return table, distance(scaled(test_images[:samples])), shown
+    results: dict[str, Any] = {"counts": list(counts)}
+    for spacing in ("leading", "trailing"):
+        table = sampling_table(eps, schedule, start, counts, judge, spacing=spacing, seed=seed + 1)
+        results[spacing] = {
+            name: {key: [entry[key] for entry in column] for key in ("distance", "confidence")}
+            for name, column in table.items()
+        }
+    chosen = torch.randperm(len(data), device=device)[:samples]
+    results["training images"] = judge(data[chosen])
+    most = sub_sequence(schedule.steps, counts[-1])
+    rows = {"test images": test[:10]}
+    for name, noise in NOISES.items():
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        drawn = ddim_sample(eps, schedule, start[:10], most, generator=generator, **noise)
+        rows[f"{name}, {counts[-1]} trailing steps"] = drawn
+    pixels = {name: (x[:, 0, 2:-2, 2:-2] + 1) / 2 for name, x in rows.items()}
+    caption = (
+        "MNIST: test images above; below, samples from the same noise, each row with its own η"
+    )
+    return results, {caption: image_rows(pixels)}
+
+
+def in_parts(network: Network, size: int = 500) -> Network:
+    """Let a network see no more than a number of samples at a time, for the memory's sake."""
+
+    def parts(x: Tensor, t: Tensor) -> Tensor:
+        pairs = zip(x.split(size), t.split(size), strict=True)
+        return torch.cat([network(*pair) for pair in pairs])
+
+    return parts

@@ -100,7 +100,7 @@ def gradient_penalty(
 
 
 class GAN(nn.Module):
-    """A generator, and the network that judges it.
+    """A generator, and the network that critics it.
 
     Args:
         latent: Number of dimensions of the noise.
@@ -115,7 +115,7 @@ class GAN(nn.Module):
         self.generator = mlp(latent, (width, width), dim)
         if unit_interval:
             self.generator.append(nn.Sigmoid())
-        self.judge = mlp(dim, (width, width), 1, lambda: nn.LeakyReLU(0.2))
+        self.critic = mlp(dim, (width, width), 1, lambda: nn.LeakyReLU(0.2))
 
     def forward(self, z: Float[Tensor, "n latent"]) -> Float[Tensor, "n dim"]:
         """Map noise to samples."""
@@ -123,7 +123,7 @@ class GAN(nn.Module):
 
     def score(self, x: Float[Tensor, "n dim"]) -> Float[Tensor, "n"]:
         """Return the discriminator's logits, or the critic's values."""
-        return self.judge(x)[:, 0]
+        return self.critic(x)[:, 0]
 
     def noise(self, n: int, generator: Generator | None = None) -> Float[Tensor, "{n} latent"]:
         """Draw standard normal latents."""
@@ -147,12 +147,12 @@ def fit_gan(
     steps: int,
     batch_size: int,
     learning_rate: float,
-    judge_steps: int = 1,
+    critic_steps: int = 1,
     penalty: float | int = 10,
     watch: Callable[[int], None] | None = None,
     watch_every: int = 100,
 ) -> list[float]:
-    """Train generator and judge in turns. The common loop has one loss and one optimizer; a game has two of both.
+    """Train generator and critic in turns. The common loop has one loss and one optimizer; a game has two of both.
 
     Args:
         gan: The two networks.
@@ -161,33 +161,33 @@ def fit_gan(
         steps: Generator steps.
         batch_size: Real, and generated, samples a step.
         learning_rate: Adam's, for both.
-        judge_steps: Steps of the judge before each step of the generator.
+        critic_steps: Steps of the critic before each step of the generator.
         penalty: Weight λ of the gradient penalty; of no effect for the other losses.
         watch: Called with the number of steps done: before the first, every `watch_every`, and after the last.
         watch_every: Steps between two calls.
 
     Returns:
-        The judge's loss before each generator step, without the penalty.
+        The critic's loss before each generator step, without the penalty.
 
     Raises:
         ValueError: If the loss is unknown or a number is below 1.
 
     Source: Gulrajani et al. 2017, algorithm 1; betas of Adam from their released code.
     """
-    if loss not in (*LOSSES, "wasserstein") or min(steps, batch_size, judge_steps) < 1:
+    if loss not in (*LOSSES, "wasserstein") or min(steps, batch_size, critic_steps) < 1:
         raise ValueError(
-            f"need a loss of {[*LOSSES, 'wasserstein']} and at least 1 step, sample and judge step; got "
-            f"{loss!r}, {steps}, {batch_size} and {judge_steps}"
+            f"need a loss of {[*LOSSES, 'wasserstein']} and at least 1 step, sample and critic step; got "
+            f"{loss!r}, {steps}, {batch_size} and {critic_steps}"
         )
-    generator, judge = (
+    generator, critic = (
         torch.optim.Adam(part.parameters(), lr=learning_rate, betas=(0.5, 0.9), fused=True)
-        for part in (gan.generator, gan.judge)
+        for part in (gan.generator, gan.critic)
     )
     losses = []
     for step in tqdm(range(steps), desc="GAN", disable=not live(), leave=False):
         if watch is not None and step % watch_every == 0:
             watch(step)
-        for _ in range(judge_steps):
+        for _ in range(critic_steps):
             real, fake = draw(batch_size), gan.sample(batch_size)
             value = {"wasserstein": critic_loss}.get(loss, discriminator_loss)(
                 gan.score(real), gan.score(fake)
@@ -195,9 +195,9 @@ def fit_gan(
             extra = (
                 penalty * gradient_penalty(gan.score, real, fake) if loss == "wasserstein" else 0
             )
-            judge.zero_grad(set_to_none=True)
+            critic.zero_grad(set_to_none=True)
             (value + extra).backward()
-            judge.step()
+            critic.step()
         losses.append(value.detach())
         scores = gan.score(gan(gan.noise(batch_size)))
         generator.zero_grad(set_to_none=True)
@@ -243,6 +243,6 @@ def mnist_experiment(
         steps=steps,
         batch_size=batch_size,
         learning_rate=1e-4,
-        judge_steps=5,
+        critic_steps=5,
     )
     return gan, losses

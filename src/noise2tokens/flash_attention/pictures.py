@@ -94,7 +94,7 @@ def draw_sweep(
         frame: what to draw.
         scores: all scaled scores; those outside the tile are drawn only as places.
         figure: an empty figure.
-        scale_of_o: the largest magnitude of the output, for one colour scale in all frames.
+        scale_of_o: the largest magnitude of the output, for one color scale in all frames.
     """
     grid = figure.add_gridspec(1, 5, width_ratios=[4, 1.4, 1.4, 1.4, 1.4])
     matrix, m_axes, ell_axes, o_axes, output_axes = (figure.add_subplot(cell) for cell in grid)
@@ -123,7 +123,7 @@ def draw_sweep(
 
 
 def _draw_tiles(axes: Axes, frame: Frame, scores: Tensor) -> None:
-    """The score matrix: the tile in fast memory in colour, finished ones hatched, hidden ones empty."""
+    """The score matrix: the tile in fast memory in color, finished ones hatched, hidden ones empty."""
     seen = torch.full_like(scores, torch.nan)
     tile = slice(*frame.rows), slice(*frame.columns)
     seen[tile] = scores.masked_fill(~causal_mask(*scores.shape), torch.nan)[tile]

@@ -1,15 +1,19 @@
-"""Training one network by any of the losses, and the comparison of DDPM with flow matching on MNIST."""
+"""The comparison of DDPM with flow matching on MNIST: one network, one budget, three ways to train it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Real
-from torch import Tensor, nn
+from jaxtyping import Float, Real, UInt8
+from matplotlib.figure import Figure
+from torch import Tensor
 
+from noise2tokens.display import image_rows
 from noise2tokens.distribution_transforms.distances import frechet_distance
 from noise2tokens.flow_vs_diffusion.cnf import draw_probe, log_likelihood
 from noise2tokens.flow_vs_diffusion.diffusion import (
+    Network,
     NoiseSchedule,
     ancestral_sample,
     draw_steps,
@@ -17,160 +21,208 @@ from noise2tokens.flow_vs_diffusion.diffusion import (
 )
 from noise2tokens.flow_vs_diffusion.flow_matching import cfm_loss, draw_times, predicted_velocity
 from noise2tokens.flow_vs_diffusion.integrators import Velocity, dormand_prince, integrate
-from noise2tokens.flow_vs_diffusion.paths import LinearPath, VariancePreservingPath
-from noise2tokens.images import dequantize
-from noise2tokens.networks import Classifier, UNet
+from noise2tokens.flow_vs_diffusion.paths import LinearPath, VariancePreservingPath, per_sample
+from noise2tokens.images import dequantize, mnist
+from noise2tokens.networks import UNet, confidence, train_classifier
 from noise2tokens.nice import bits_per_dim
-from noise2tokens.training import History, running_average, train
+from noise2tokens.training import fit, running_average, seed_everything
+
+CHAIN = NoiseSchedule.linear()
+# What is trained on MNIST: the path, what the network puts out, and where its time starts.
+KINDS = ("DDPM", "DDPM, v output", "flow matching")
+
+BUDGETS = {
+    "long": {
+        "steps": 1000,
+        "batch_size": 64,
+        "width": 16,
+        "samples": 500,
+        "scored": 100,
+        "test_images": 10_000,
+        "classifier_steps": 1000,
+        "counts": (5, 10, 20, 50),
+        "chain_samples": 0,
+        "tolerance": 1e-3,
+    },
+    "full": {
+        "steps": 8000,
+        "batch_size": 256,
+        "width": 64,
+        "samples": 5000,
+        "scored": 1000,
+        "test_images": 10_000,
+        "classifier_steps": 3000,
+        "counts": (2, 5, 10, 20, 50, 100),
+        "chain_samples": 5000,
+        "tolerance": 1e-4,
+    },
+}
 
 
-def fit(
-    network: nn.Module,
-    objective: Callable[[Tensor], Float[Tensor, ""]],
-    draw: Callable[[int], Tensor],
-    *,
-    steps: int,
-    batch_size: int = 256,
-    learning_rate: float = 1e-2,
-    average: nn.Module | None = None,
-) -> History:
-    """Train a network with Adam; the rate rises over the first twentieth and falls to zero along a cosine.
-
-    Args:
-        network: The network.
-        objective: Maps a batch of data to the loss; it draws noise and times by itself.
-        draw: Draws a batch of data.
-        steps: Optimizer steps.
-        batch_size: Samples a step.
-        learning_rate: Adam's, at its highest.
-        average: A running average of the weights, as for `train`.
-
-    Returns:
-        The curve.
-    """
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
-    )
-    return train(
-        network,
-        objective,
-        draw,
-        steps=steps,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        schedule=schedule,
-        average=average,
-        label=type(network).__name__,
-    )
-
-
-def mnist_experiment(
-    images: Real[Tensor, "n height width"],
-    test_images: Real[Tensor, "m height width"],
-    classifier: Classifier,
+def full_scale(
     device: torch.device,
     *,
-    kind: str,
-    steps: int = 8000,
-    batch_size: int = 256,
-    width: int = 64,
-    samples: int = 5000,
-    scored: int = 1000,
-    budgets: Sequence[int] = (2, 5, 10, 20, 50, 100),
-) -> dict[str, Tensor | int | float | dict[int, float]]:
-    """Train a U-Net on MNIST as DDPM or by flow matching, score test images, and sample with growing effort.
+    seed: int,
+    steps: int,
+    batch_size: int,
+    width: int,
+    samples: int,
+    scored: int,
+    test_images: int,
+    classifier_steps: int,
+    counts: Sequence[int],
+    chain_samples: int,
+    tolerance: float,
+) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """Train one U-Net on MNIST in three ways with one budget, score test images, and sample with growing effort.
 
     Args:
-        images: Training pixels, 0 to 255.
-        test_images: Test pixels; the first `scored` are scored, all are what samples are compared with.
-        classifier: Its features compare samples with test images; trained on pixels scaled to [-1, 1].
         device: Where to train.
-        kind: "DDPM" (noise prediction, 1000 steps, linear schedule) or "flow matching" (linear path).
-        steps: Optimizer steps.
+        seed: Of the noise that all samples start from, and of each training.
+        steps: Optimizer steps of each network.
         batch_size: Images a step.
         width: Of the U-Net.
         samples: Samples for each distance.
-        scored: Test images whose likelihood is computed.
-        budgets: Numbers of Euler steps.
+        scored: The first test images, whose likelihood is computed.
+        test_images: Test images, what samples are compared with.
+        classifier_steps: Optimizer steps of the classifier.
+        counts: Numbers of Euler steps.
+        chain_samples: Samples of DDPM's own chain of 1000 steps; 0 leaves it out.
+        tolerance: Relative and absolute, of the adaptive solver.
 
     Returns:
-        "bits" of each scored image; "evaluations" that one batch of likelihoods took; Fréchet "distances" of Euler
-        samples by budget; "adaptive" distance and "adaptive evaluations" of dormand_prince; for DDPM the "ancestral"
-        distance (as many evaluations as the chain has steps); "pictures", 40 samples of dormand_prince.
+        For each of `KINDS` "bits" per dimension with "standard error" and the "evaluations" that a batch of likelihoods
+        took; Fréchet "distances" of Euler samples to the test images, by number of steps; the distance of "adaptive"
+        samples, with "adaptive evaluations", and the classifier's mean "confidence" in them; where it was asked for,
+        the distance of "ancestral" samples. For "training images" the floor of the distance and the confidence, of as
+        many images as there are samples. A picture of samples.
+    """
+    (images, labels), (unseen, _) = mnist(train=True), mnist(train=False)
+    pixels, test_pixels = images[:, None].to(device), unseen[:test_images, None].to(device)
+    scaled, test = pixels / 127.5 - 1, test_pixels / 127.5 - 1
+    classifier = train_classifier(
+        scaled, labels.to(device), steps=classifier_steps, batch_size=batch_size
+    )
+    real = classifier.features(test)
+
+    def distance(x: Tensor) -> float:
+        return frechet_distance(classifier.features(x.clamp(-1, 1)), real)
+
+    def read(x: Tensor) -> float:
+        return confidence(classifier, x.clamp(-1, 1)).mean().item()
+
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = torch.randn(samples, *pixels.shape[1:], generator=generator, device=device)
+    chosen = scaled[torch.randperm(len(scaled), device=device)[:samples]]
+    results: dict[str, Any] = {
+        "training images": {"distance": distance(chosen), "confidence": read(chosen)}
+    }
+    rows = {"test images": test[:10]}
+    for kind in KINDS:
+        seed_everything(seed)
+        eps, velocity, start = train_kind(
+            kind, pixels, steps=steps, batch_size=batch_size, width=width
+        )
+        bits, evaluations = score_images(
+            velocity, test_pixels[:scored], start, tolerance=tolerance, seed=seed
+        )
+        with torch.no_grad():
+            ends = {n: euler_end(velocity, noise, torch.linspace(1, start, n + 1)) for n in counts}
+            solved = [
+                dormand_prince(velocity, part, 1, start, tolerance, tolerance)
+                for part in noise.split(500)
+            ]
+        adaptive = torch.cat([part.x for part in solved])
+        results[kind] = {
+            "bits": bits.mean(),
+            "standard error": bits.std() / len(bits) ** 0.5,
+            "evaluations": evaluations,
+            "distances": {str(n): distance(x) for n, x in ends.items()},
+            "adaptive": distance(adaptive),
+            "adaptive evaluations": solved[0].evaluations,
+            "confidence": read(adaptive),
+        }
+        if chain_samples and eps is not None:
+            parts = noise[:chain_samples].split(500)
+            chained = torch.cat([ancestral_sample(eps, CHAIN, part) for part in parts])
+            results[kind]["ancestral"] = distance(chained)
+        rows[f"{kind}, adaptive solver"] = adaptive[:10]
+    shown = {name: (x[:, 0] + 1) / 2 for name, x in rows.items()}
+    return results, {
+        "MNIST: test images above, samples below, from the same noise": image_rows(shown)
+    }
+
+
+def train_kind(
+    kind: str, pixels: UInt8[Tensor, "n 1 height width"], *, steps: int, batch_size: int, width: int
+) -> tuple[Network | None, Velocity, float]:
+    """Train a U-Net on dequantized pixels, scaled to [-1, 1].
+
+    Args:
+        kind: One of `KINDS`: DDPM with 1000 steps and a linear schedule, the same with a network that puts out v, or
+            flow matching on the linear path.
+        pixels: 0 to 255, on the device to train on.
+        steps: Optimizer steps.
+        batch_size: Images a step.
+        width: Of the U-Net.
+
+    Returns:
+        The noise that the averaged network predicts (None for flow matching), the velocity of its flow, and the time at
+        which that flow ends.
 
     Raises:
         ValueError: If the kind is unknown.
     """
-    if kind not in ("DDPM", "flow matching"):
-        raise ValueError(f'kind must be "DDPM" or "flow matching", got {kind!r}')
-    ddpm, schedule = kind == "DDPM", NoiseSchedule.linear()
-    path, start = (VariancePreservingPath(), 1 / schedule.steps) if ddpm else (LinearPath(), 0)
-    pixels, test_pixels = images[:, None].to(device), test_images[:, None].to(device)
-    network = UNet(1, width).to(device)
-    average = running_average(network)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    path = LinearPath() if kind == "flow matching" else VariancePreservingPath()
+    network = UNet(1, width).to(pixels.device)
+    average = running_average(network, 1 - 15 / max(steps, 30))
+
+    def noise_of(network: Network) -> Network:
+        """ε, put out as it is or computed from v = α ε - σ x_0."""
+        if kind == "DDPM":
+            return network
+
+        def eps(x: Tensor, t: Tensor) -> Tensor:
+            alpha, sigma = (per_sample(f(t), x) for f in (path.alpha, path.sigma))
+            return alpha * network(x, t) + sigma * x
+
+        return eps
 
     def objective(x0: Tensor) -> Tensor:
-        eps = torch.randn_like(x0)
-        if ddpm:
-            return eps_loss(network, schedule, x0, eps, draw_steps(schedule, x0))
-        return cfm_loss(network, path, x0, eps, draw_times(x0))
+        noise = torch.randn_like(x0)
+        if kind == "flow matching":
+            return cfm_loss(network, path, x0, noise, draw_times(x0))
+        return eps_loss(noise_of(network), CHAIN, x0, noise, draw_steps(CHAIN, x0))
 
     def draw(size: int) -> Tensor:
-        rows = torch.randint(len(pixels), (size,), device=device)
-        return 2 * dequantize(pixels[rows], 256, None) - 1
+        rows = torch.randint(len(pixels), (size,), device=pixels.device)
+        return 2 * dequantize(pixels[rows], 256) - 1
 
-    fit(
-        network,
-        objective,
-        draw,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=1e-3,
-        average=average,
-    )
+    options = {"steps": steps, "batch_size": batch_size, "learning_rate": 1e-3, "warmup": 0.05}
+    fit(network, objective, draw, average=average, label=kind, **options)
     average.eval()
-    velocity = predicted_velocity(average, path, "eps" if ddpm else "velocity")
-    bits, evaluations = score_images(velocity, test_pixels[:scored], start)
-    reference = classifier.features(2 * test_pixels / 255 - 1)
-
-    def distance(drawn: Tensor) -> float:
-        return frechet_distance(classifier.features(drawn.clamp(-1, 1)), reference)
-
-    generator = torch.Generator(device).manual_seed(0)
-    noise = torch.randn(samples, *pixels.shape[1:], generator=generator, device=device)
-    with torch.no_grad():
-        distances = {}
-        for budget in budgets:
-            times = torch.linspace(1, start, budget + 1)
-            distances[budget] = distance(euler_end(velocity, noise, times))
-        parts = [dormand_prince(velocity, part, 1, start) for part in noise.split(1000)]
-        adaptive = torch.cat([part.x for part in parts])
-    results = {
-        "bits": bits,
-        "evaluations": evaluations,
-        "distances": distances,
-        "adaptive": distance(adaptive),
-        "adaptive evaluations": parts[0].evaluations,
-        "pictures": adaptive[:40, 0],
-    }
-    if ddpm:
-        chains = [ancestral_sample(average, schedule, part) for part in noise.split(1000)]
-        results["ancestral"] = distance(torch.cat(chains))
-    return results
+    if kind == "flow matching":
+        return None, predicted_velocity(average, path, "velocity"), 0.0
+    eps = noise_of(average)
+    return eps, predicted_velocity(eps, path, "eps"), 1 / CHAIN.steps
 
 
 def euler_end(
     velocity: Velocity, x: Float[Tensor, "batch *event"], times: Float[Tensor, "points"]
 ) -> Float[Tensor, "batch *event"]:
-    """Follow a velocity with Euler's method, 1000 samples at a time, and keep only where they end."""
-    return torch.cat([integrate(velocity, part, times)[-1] for part in x.split(1000)])
+    """Follow a velocity with Euler's method, 500 samples at a time, and keep only where they end."""
+    return torch.cat([integrate(velocity, part, times)[-1] for part in x.split(500)])
 
 
 def score_images(
     velocity: Velocity,
     pixels: Real[Tensor, "n c h w"],
     start: float | int,
+    *,
+    tolerance: float = 1e-5,
+    seed: int = 0,
     batch_size: int = 500,
 ) -> tuple[Float[Tensor, "n"], int]:
     """Compute bits per dimension of dequantized images, with Hutchinson's estimate.
@@ -179,17 +231,22 @@ def score_images(
         velocity: Of a model of pixels scaled to [-1, 1].
         pixels: 0 to 255.
         start: As in `log_likelihood`.
+        tolerance: Relative and absolute, of the solver.
+        seed: Of the dequantization noise and the probes.
         batch_size: Images at a time.
 
     Returns:
         Bits per dimension of each image, from one draw of the dequantization noise and one probe; and the most
         evaluations that a batch took.
     """
-    generator = torch.Generator(pixels.device).manual_seed(0)
+    generator = torch.Generator(pixels.device).manual_seed(seed)
     dim, bits, evaluations = pixels[0].numel(), [], []
     for part in pixels.split(batch_size):
         x = 2 * dequantize(part, 256, generator) - 1
-        scored = log_likelihood(velocity, x, probe=draw_probe(x, generator), start=start)
+        probe = draw_probe(x, generator)
+        scored = log_likelihood(
+            velocity, x, probe=probe, start=start, rtol=tolerance, atol=tolerance
+        )
         # The density of (v + u) / 256, on an interval half as long as [-1, 1], is twice as high in each dimension.
         bits.append(bits_per_dim(scored.log_prob + dim * math.log(2), dim, 256))
         evaluations.append(scored.evaluations)
