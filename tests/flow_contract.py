@@ -148,7 +148,7 @@ def test_bad_input_is_named(case, unchecked):
             flow(bad)
         with pytest.raises(ValueError, match="expected samples of shape"):
             flow.inverse(bad)
-    with pytest.raises(TypeError, match="dequantise"):
+    with pytest.raises(TypeError, match="dequantize"):
         flow(x.long())
     with pytest.raises(ValueError, match="temperature"):
         flow.sample(1, temperature=-1.0)

@@ -579,7 +579,9 @@ def test_what_full_scale_trains_scores_and_shows(fake_mnist, monkeypatch):
     monkeypatch.setattr(experiment, "image_rows", lambda found: rows.append(found) or Figure())
     results, pictures = full_scale(torch.device("cpu"), seed=5, **SLICE)
     images, tests = experiment.mnist(train=True)[0], experiment.mnist(train=False)[0][:30]
-    assert list(results) == ["digits", "reverse", "conv", "confidence"] and len(seen) == 2
+    assert (
+        list(results) == ["digits", "reverse", "conv", "overflow", "confidence"] and len(seen) == 2
+    )
     assert results["digits"] == {"called": (5, 1, 2)}
     for (flow, kept, validation, levels, options), way in zip(
         seen, SLICE["permutations"], strict=True
@@ -600,6 +602,7 @@ def test_what_full_scale_trains_scores_and_shows(fake_mnist, monkeypatch):
             results[way]["validation bits"].tolist(), expected, rtol=1e-5, atol=0
         )
     assert list(results["confidence"]) == ["T = 1", "T = 0.7", "test images"]
+    assert all(value == 0 for value in results["overflow"].values())
     samples, ways = rows
     torch.testing.assert_close(samples["test images"], tests[:10] / 255)
     assert len(samples) == 5 and all(row.shape == (10, 28, 28) for row in samples.values())
@@ -633,6 +636,24 @@ def test_the_comparison_on_digits_is_at_equal_steps_and_over_consecutive_seeds(m
     mixers = {"reverse": PermuteChannels, "shuffle": PermuteChannels, "1×1": Invertible1x1ConvLU}
     for name, kind in mixers.items():
         assert any(isinstance(part, kind) for part in flows[f"Glow, {name}"].modules())
+
+
+def test_full_scale_counts_samples_that_overflow(fake_mnist, monkeypatch):
+    fake_mnist(experiment)
+    monkeypatch.setattr(experiment, "_digits_over_seeds", lambda *sizes: {})
+    monkeypatch.setattr(experiment, "fit_images", lambda *_, **__: History(validation=[1.0]))
+    draw = Glow.sample
+
+    def overflow(self, n, temperature):
+        x = draw(self, n, temperature)
+        x[:5] = math.nan if temperature == 1 else x[:5]
+        return x
+
+    monkeypatch.setattr(Glow, "sample", overflow)
+    results, _ = full_scale(torch.device("cpu"), seed=5, **SLICE)
+    found = {name: float(value) for name, value in results["overflow"].items()}
+    assert found == pytest.approx({"T = 1": 0.2, "T = 0.7": 0, "test images": 0})
+    assert all(0.1 <= value <= 1 for value in results["confidence"].values())
 
 
 def test_full_scale_runs_as_it_is(fake_mnist, monkeypatch):

@@ -21,6 +21,7 @@ from noise2tokens.flash_attention.tiled import tiled_attention
 __all__ = ["flash_attention", "flash_attention_varlen", "kernel_runs_on"]
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
 KERNEL_MAX_DIM = 256
 
 
@@ -51,7 +52,10 @@ def flash_attention(
 
     Raises:
         ValueError: if shapes, head counts, dtypes or devices do not fit together, or scale is not positive.
-        TypeError: if an input is not a floating-point tensor.
+        TypeError: if an input is not a tensor of half, bfloat16, single or double precision.
+
+    Scores are computed again in the backward pass and compared with LSE, so a weight is off by about ε max|s|: in
+    single precision half a thousandth where scores reach thousands.
 
     Source: Dao et al. 2022; Dao 2023, Algorithms 1 and 2.
     """
@@ -94,7 +98,7 @@ def flash_attention_varlen(
     Raises:
         ValueError: as `flash_attention`, and if the offsets do not start at 0, decrease, do not end at the number of
             tokens, or enclose a sequence longer than the maximum. On a GPU these are device-side assertions.
-        TypeError: if an input is not a floating-point tensor or the offsets are not int32.
+        TypeError: if an input is not of one of these precisions, or the offsets are not int32.
 
     Source: Dao 2023 (the `varlen` interface of flash-attention).
     """
@@ -149,8 +153,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, batch_axe
         ("(batch, heads, length, dim)", 1, 2) if batch_axes else ("(tokens, heads, dim)", 1, 0)
     )
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            names = ", ".join(str(dtype) for dtype in DTYPES)
+            raise TypeError(f"{name} must be one of {names}, got {x.dtype}")
         if x.dim() != 3 + batch_axes:
             raise ValueError(f"{name} must have axes {layout}, got shape {tuple(x.shape)}")
     if not q.dtype == k.dtype == v.dtype:
@@ -175,6 +180,13 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, batch_axe
         raise ValueError(
             f"the number of query heads must be a multiple of the number of key heads, "
             f"got {q.shape[heads]} and {k.shape[heads]}"
+        )
+    if v.shape[-1] == 0:
+        raise ValueError("v must have a head dimension of at least 1, got 0")
+    if max(q.shape[-1], v.shape[-1]) > KERNEL_MAX_DIM and kernel_runs_on(q.device):
+        raise ValueError(
+            f"on a GPU head dimensions may be at most {KERNEL_MAX_DIM}, "
+            f"got {q.shape[-1]} and {v.shape[-1]}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not 0 < scale < float("inf"):  # the kernel finds the largest score before it scales

@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from noise2tokens.flash_attention.tiled import refuse_second_derivative, wanted
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -411,7 +412,7 @@ def _backward_queries(
 # registers for each thread, except for the backward over keys at 128 on Hopper, with about 300.
 HOPPER = {  # 227 KiB: H100, H200
     64: [Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 4, 3)],
-    128: [Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)],
+    128: [Tile(128, 128, 8, 3), Tile(32, 128, 8, 3), Tile(128, 64, 8, 3)],
     256: [Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)],
 }
 AMPERE = {  # 163 KiB: A100
@@ -490,8 +491,8 @@ class KernelAttention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_o, grad_lse):
+        refuse_second_derivative()
         q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         sequences, max_queries, max_keys, causal, scale = ctx.numbers
         heads, kv_heads, packed = q.shape[1], k.shape[1], cu_seqlens_q is not None
@@ -508,19 +509,21 @@ class KernelAttention(torch.autograd.Function):
                 PACKED=packed, BLOCK_Q=over_queries.queries, VALUE_DIM=v.shape[-1], VALUE_PAD=_pad(v.shape[-1]),
             )  # fmt: skip
             delta -= grad_lse  # LSE's own gradient enters dS exactly where D does
-            _backward_keys[(key_blocks * kv_heads * sequences,)](
-                q, k, v, grad_o, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k,
-                *_strides(packed, q, k, v, grad_o, lse, grad_k, grad_v),
-                kv_heads, heads // kv_heads, max_queries, max_keys, key_blocks, scale, scale * LOG2_E.value,
-                **common, **_options(over_keys),
-            )  # fmt: skip
-            _backward_queries[(query_blocks * heads * sequences,)](
-                q, k, v, grad_o, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k,
-                *_strides(packed, q, k, v, grad_o, lse, grad_q),
-                heads, heads // kv_heads, max_queries, max_keys, query_blocks, scale, scale * LOG2_E.value,
-                **common, **_options(over_queries),
-            )  # fmt: skip
-        return grad_q, grad_k, grad_v, None, None, None, None, None, None
+            if any(ctx.needs_input_grad[1:3]):
+                _backward_keys[(key_blocks * kv_heads * sequences,)](
+                    q, k, v, grad_o, lse, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k,
+                    *_strides(packed, q, k, v, grad_o, lse, grad_k, grad_v),
+                    kv_heads, heads // kv_heads, max_queries, max_keys, key_blocks, scale, scale * LOG2_E.value,
+                    **common, **_options(over_keys),
+                )  # fmt: skip
+            if ctx.needs_input_grad[0]:
+                _backward_queries[(query_blocks * heads * sequences,)](
+                    q, k, v, grad_o, lse, delta, grad_q, cu_seqlens_q, cu_seqlens_k,
+                    *_strides(packed, q, k, v, grad_o, lse, grad_q),
+                    heads, heads // kv_heads, max_queries, max_keys, query_blocks, scale, scale * LOG2_E.value,
+                    **common, **_options(over_queries),
+                )  # fmt: skip
+        return *wanted(ctx, (grad_q, grad_k, grad_v)), *[None] * 6
 
 
 def kernel_attention(

@@ -146,7 +146,7 @@ def _draw_tiles(axes: Axes, frame: Frame, scores: Tensor) -> None:
 
 
 def draw_speed(rows: list[dict[str, Any]], dim: int, figure: Figure) -> None:
-    """Draw what `benchmark.speed` measured for one head dimension.
+    """Draw what `experiment.speed` measured for one head dimension.
 
     Args:
         rows: its rows.
@@ -162,7 +162,7 @@ def draw_speed(rows: list[dict[str, Any]], dim: int, figure: Figure) -> None:
                 (row["length"], row[pass_])
                 for row in rows
                 if (row["backend"], row["dim"], row["causal"]) == (backend, dim, causal)
-                and row[pass_]
+                and pass_ in row
             ]
             if points:
                 axes.plot(

@@ -14,13 +14,12 @@ heads share one key head, so K and V have group = 1 and broadcast. S are scores,
 A causal mask is aligned at the bottom right: the last query sees every key (`causal_mask` says why).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from noise2tokens.flash_attention.softmax import (
     NEVER,
@@ -308,10 +307,10 @@ def tiled_backward(
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     # D - dLSE: both are one number for each row that is taken from dP.
     delta = torch.empty_like(lse)
-    memory.store(
-        delta,
-        (memory.load(grad_o, exact) * memory.load(o, exact)).sum(dim=-1) - memory.load(grad_lse),
-    )
+    for rows in tile_spans(queries, tile[0]):  # block by block: dO * O is as large as the output
+        part = slice(*rows)
+        products = memory.load(grad_o[..., part, :], exact) * memory.load(o[..., part, :], exact)
+        memory.store(delta[..., part], products.sum(dim=-1) - memory.load(grad_lse[..., part]))
     for columns in tile_spans(keys, tile[1]):
         k_tile = memory.load(k[..., slice(*columns), :], exact)
         v_tile = memory.load(v[..., slice(*columns), :], exact)
@@ -350,18 +349,46 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, causal: bool, scale: float):
-        o, lse = tiled_forward(q, k, v, causal, scale, SlowMemory())
+        with without_autocast(q.device):
+            o, lse = tiled_forward(q, k, v, causal, scale, SlowMemory())
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.causal, ctx.scale = causal, scale
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_o, grad_lse):
-        grads = tiled_backward(
-            *ctx.saved_tensors, grad_o, grad_lse, ctx.causal, ctx.scale, SlowMemory()
+        refuse_second_derivative()
+        with without_autocast(grad_o.device):
+            grads = tiled_backward(
+                *ctx.saved_tensors, grad_o, grad_lse, ctx.causal, ctx.scale, SlowMemory()
+            )
+        return *wanted(ctx, grads), None, None
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Keep autocast from lowering the precision of single products: sums here are in single precision on purpose."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def refuse_second_derivative() -> None:
+    """Raise where a graph of the backward pass is asked for, which the tiles do not record.
+
+    Autograd's own `once_differentiable` says nothing if the incoming gradient needs none, as with `o.sum()`: the second
+    derivative is then silently 0.
+
+    Raises:
+        RuntimeError: if called in a backward pass with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this attention has no second derivative: its backward pass cannot be run with create_graph=True"
         )
-        return *grads, None, None
+
+
+def wanted(ctx, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Let go of the gradients of q, k and v that nobody asked for."""
+    asked = ctx.needs_input_grad[: len(grads)]
+    return tuple(grad if needed else None for grad, needed in zip(grads, asked, strict=True))
 
 
 def group_heads(

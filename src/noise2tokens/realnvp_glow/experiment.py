@@ -208,7 +208,8 @@ def full_scale(
         "digits": for each of `DIGIT_FLOWS` the mean "bits" per dimension and the last training "loss" in bits, lists
         over seeds. For each permutation "bits" per dimension of the test images of MNIST with "standard error", and the
         curve of "validation bits". The border is paid for as if it had to be coded too, and the bits are shared among
-        an image's own 784 pixels. The mean "confidence" of the classifier in test images and in samples by temperature.
+        an image's own 784 pixels. By temperature, the share of samples that "overflow" on the way back, and the mean
+        "confidence" of the classifier in the others and in test images.
         Pictures of samples and of fours that become nines.
 
     Source: Kingma and Dhariwal 2018, section 3; the padding is that of the released code.
@@ -245,13 +246,23 @@ def full_scale(
     )
     drawn = {t: flow.sample(samples, t)[:, :, 2:-2, 2:-2].clamp(0, 1) for t in (1.0, 0.7)}
     read = {f"T = {t:g}": x for t, x in drawn.items()} | {"test images": unseen[:, None] / 255}
-    results["confidence"] = {name: confidence(classifier, x).mean() for name, x in read.items()}
+    # The inverse of a deep flow can overflow; such samples are counted, and cannot be read.
+    finite = {name: x.flatten(1).isfinite().all(1) for name, x in read.items()}
+    results["overflow"] = {name: 1 - kept.double().mean() for name, kept in finite.items()}
+    results["confidence"] = {
+        name: confidence(classifier, x[finite[name]]).mean()
+        for name, x in read.items()
+        if finite[name].any()
+    }
     rows = {"test images": read["test images"][:10, 0]}
     for t, x in drawn.items():
-        rows |= {f"samples at T = {t:g}": x[:10, 0], f"more at T = {t:g}": x[10:20, 0]}
+        shown = x[:20, 0].nan_to_num()
+        rows |= {f"samples at T = {t:g}": shown[:10], f"more at T = {t:g}": shown[10:]}
     some = dequantize(pixels[:2000], 256)
     walked = class_walk(flow, some, labels[:2000], 4, 9, torch.linspace(0, 1, 10))[:4]
-    ways = {f"from 4 to 9, {i + 1}": way[:, 0, 2:-2, 2:-2] for i, way in enumerate(walked)}
+    ways = {
+        f"from 4 to 9, {i + 1}": way[:, 0, 2:-2, 2:-2].nan_to_num() for i, way in enumerate(walked)
+    }
     return results, {
         "MNIST: test images above, samples of Glow below": image_rows(rows),
         "Fours of MNIST move along the difference of two classes' mean latents": image_rows(ways),
