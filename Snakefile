@@ -1,7 +1,8 @@
 # The set of chapters: which are executed, when, and the site that is made of them.
 #
 #   snakemake                          the book at small scale  (what `make book` calls)
-#   snakemake --config scale=full      the same on a GPU machine
+#   snakemake --config scale=long      with the runs that take minutes on one thread of a processor
+#   snakemake --config scale=full      with the runs that need a GPU
 #   snakemake --workflow-profile profiles/slurm --config scale=full
 #
 # A job is asked for when a file behind a chapter is newer than its notebook; it executes if the content differs from
@@ -13,10 +14,10 @@ sys.path.insert(0, workflow.basedir)
 from tools import inputs
 
 SCALE = config.get("scale", "small")
-if SCALE not in ("small", "full"):
-    raise ValueError(f"scale must be small or full, got {SCALE}")
-BOOK = "book" if SCALE == "small" else "_build/full/book"
-SITE = "_build/html/index.html" if SCALE == "small" else "_build/full/_build/html/index.html"
+if SCALE not in ("small", "long", "full"):
+    raise ValueError(f"scale must be small, long or full, got {SCALE}")
+BOOK = "book" if SCALE == "small" else f"_build/{SCALE}/book"
+SITE = "_build/html/index.html" if SCALE == "small" else f"_build/{SCALE}/_build/html/index.html"
 CHAPTERS = inputs.chapters()
 
 
@@ -47,10 +48,10 @@ rule chapter:
         chapter="|".join(CHAPTERS),
     # One thread a chapter, and as many chapters at a time as there are cores: the models are small, and threads that
     # wait for each other on a busy machine cost more than they bring. It also makes sums come out alike everywhere.
-    threads: 1 if SCALE == "small" else 4
+    threads: 4 if SCALE == "full" else 1
     resources:
-        mem_mb=8000 if SCALE == "small" else 64000,
-        gpu=0 if SCALE == "small" else 1,
+        mem_mb=64000 if SCALE == "full" else 8000,
+        gpu=1 if SCALE == "full" else 0,
         runtime=15 if SCALE == "small" else 60,
     shell:
         "OMP_NUM_THREADS={threads} {sys.executable} -m tools.execute {wildcards.chapter} {output} scale={SCALE}"
@@ -61,6 +62,7 @@ rule site:
         rules.chapters.input,
         "_config.yml",
         "_toc.yml",
+        "CITATION.cff",
         [str(path) for path in inputs.pages()],
     output:
         update(SITE),

@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from tools import inputs
+from tools import inputs, page
 from tools.inputs import ChapterError, with_ids
 
 GLUE = re.compile(r"\{glue:text\}`(\w+)(?::([^`]+))?`")
@@ -66,7 +66,7 @@ def make(chapter: str, output: Path, parameters: dict[str, Any], root: Path = in
 
 
 def _finish(chapter: str, notebook: NotebookNode, scale: str, root: Path) -> None:
-    """Remove time stamps, resolve quoted numbers, put the card under the title, make the cells' names lasting."""
+    """Remove time stamps, resolve quoted numbers, make the page of it, make the cells' names lasting."""
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
     glued: dict[str, float] = {}
@@ -80,10 +80,8 @@ def _finish(chapter: str, notebook: NotebookNode, scale: str, root: Path) -> Non
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = GLUE.sub(lambda match: _quote(chapter, match, glued), cell.source)
-    notebook.cells.insert(
-        1, nbformat.v4.new_markdown_cell(_card(chapter, notebook.metadata[META], scale, root))
-    )
-    notebook.cells[1].metadata["tags"] = ["header-card"]
+    names = inputs.chapters(root)
+    page.assemble(notebook, chapter, _card(chapter, notebook.metadata[META], scale, root), names)
     with_ids(notebook)
 
 
@@ -95,32 +93,31 @@ def _quote(chapter: str, match: re.Match, glued: dict[str, float]) -> str:
 
 
 def _card(chapter: str, run: dict[str, Any], scale: str, root: Path) -> str:
-    before = [name for name in inputs.chapters(root)
+    before = [name for name in inputs.numbered(root)
               if name < chapter and f"{inputs.PACKAGE}.{name[3:]}" in inputs.modules(chapter, root)]  # fmt: skip
+    links = [f"[{int(name[:2])}]({name}.ipynb)" for name in before]
+    builds = (
+        f"chapter{'s' * (len(links) > 1)} {', '.join(links)}" if links else "no earlier chapter"
+    )
+    threads = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
     record = None
-    if scale == "full" or (root / "src" / inputs.PACKAGE / "records" / f"{chapter}.json").exists():
-        from noise2tokens.ledger import load_record
+    folder = root / "src" / inputs.PACKAGE / "recorded"
+    if scale != "small":
+        folder = Path(os.environ["NOISE2TOKENS_RECORDS"])
+    if list(folder.glob(f"{chapter}.*.json")):
+        from noise2tokens.records import best_record
 
-        record = load_record(chapter, scale)
-    full = "not measured yet" if record is None else (
-        f"{record.device}: {record.seconds:.0f} s, {record.peak_memory_gb:.1f} GB of GPU memory"
-    )  # fmt: skip
-    rows = {
-        "Builds on": ", ".join(f"[]({name}.ipynb)" for name in before) or "no earlier chapter",
-        f"At {scale} scale": f"{run['seconds']:.0f} s and {run['peak_memory_gb']:.1f} GB, "
-        f"measured on {run['threads']} thread{'s' * (run['threads'] > 1)} of {run['hardware']}",
-        "At full scale": full,
-        "Made with": ", ".join(
-            f"{name} {number}" for name, number in sorted(run["versions"].items())
-        )
-        + f", on {run['date']}",
-    }
-    return "\n".join(
-        [
-            "| This chapter | |",
-            "|---|---|",
-            *(f"| {name} | {text} |" for name, text in rows.items()),
-        ]
+        record = best_record(chapter, folder)
+    made = ", ".join(f"{name} {number}" for name, number in sorted(run["versions"].items()))
+    return page.card(
+        {
+            "Builds on": builds,
+            "runs in": f"{run['seconds']:.0f} s with {run['peak_memory_gb']:.1f} GB on {threads} of {run['hardware']}",
+            "measured longer:": "not yet"
+            if record is None
+            else f"{record.seconds / 60:.0f} minutes on {record.device}",
+            "made with": f"{made}, {run['date']}",
+        }
     )
 
 
@@ -148,7 +145,8 @@ def main(words: list[str]) -> int:
         name: int(value) if value.isdigit() else value
         for name, value in (word.split("=", 1) for word in rest)
     }
-    os.environ.setdefault("NOISE2TOKENS_RECORDS", str(Path("_build/full/records").resolve()))
+    folder = Path("_build", str(parameters.get("scale", "small")), "records").resolve()
+    os.environ.setdefault("NOISE2TOKENS_RECORDS", str(folder))
     try:
         make(chapter, Path(output), parameters)
     except (ChapterError, ValueError) as error:

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools import inputs
+import nbformat
+
+from tools import inputs, page
 
 UNSTAMPED = r"ref = \"main\""
 
@@ -18,15 +20,15 @@ UNSTAMPED = r"ref = \"main\""
 def gather(scale: str, site: Path, commit: str, root: Path = inputs.ROOT) -> None:
     """Bring the folder `site` in line with the repository."""
     notebooks = root / "book" if scale == "small" else root / "_build" / scale / "book"
-    names = [*inputs.pages(root), Path("_config.yml"), Path("_toc.yml")]
+    names = [*inputs.pages(root), *map(Path, ("_config.yml", "_toc.yml", "CITATION.cff"))]
     content = {name: (root / name).read_bytes() for name in names}
     for chapter in inputs.chapters(root):
         text = (notebooks / f"{chapter}.ipynb").read_text()
         if text.count(UNSTAMPED) != 1:
             raise ValueError(f'{chapter}.ipynb: expected ref = "main" once, in the setup cell')
-        content[Path("book") / f"{chapter}.ipynb"] = text.replace(
-            UNSTAMPED, UNSTAMPED.replace("main", commit)
-        ).encode()
+        notebook = nbformat.reads(text.replace(UNSTAMPED, UNSTAMPED.replace("main", commit)), 4)
+        page.alive(notebook)
+        content[Path("book") / f"{chapter}.ipynb"] = nbformat.writes(notebook).encode()
     for path in [path for path in site.rglob("*") if path.is_file()]:
         if path.relative_to(site) not in content:
             path.unlink()
