@@ -5,11 +5,13 @@ in seconds.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 
 import nbformat
@@ -32,6 +34,12 @@ kernelspec:
 # A tiny chapter
 
 Some prose.
+
+```{{code-cell}} ipython3
+:tags: [setup]
+
+import noise2tokens
+```
 
 ```{{code-cell}} ipython3
 :tags: [parameters]
@@ -63,7 +71,7 @@ def book(root, tmp_path) -> Path:
         "01_first",
         "from noise2tokens.display import glue\nglue('number', 1.234)\nprint('first')",
     )
-    code = "from noise2tokens.display import glue\nfrom noise2tokens.data import split\nglue('number', 5)\n"
+    code = "from noise2tokens.display import glue\nfrom noise2tokens.images import split\nglue('number', 5)\n"
     write(tmp_path, "02_second", code + "print('second')")
     return tmp_path
 
@@ -92,9 +100,9 @@ def executed(run: subprocess.CompletedProcess) -> set[str]:
 
 
 def later(path: Path) -> None:
-    """Make sure that an edit is newer than what was built from the file, whatever the file system's clock."""
-    stamp = time.time() + 2
-    os.utime(path, (stamp, stamp))
+    """Make sure that an edit is newer than what was built from the file, and not newer than what will be."""
+    time.sleep(0.1)
+    path.touch()
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -112,7 +120,8 @@ def test_what_runs_after_which_edit(book):
     notebooks = {name: book / "book" / f"{name}.ipynb" for name in ("01_first", "02_second")}
     original = nbformat.read(notebooks["01_first"], as_version=4)
     assert any("We measured 1.23." in cell.source for cell in original.cells)
-    assert "measured on" in original.cells[1].source
+    (card,) = (c for c in original.cells if "header-card" in c.metadata.get("tags", []))
+    assert "runs in" in card.source and "no earlier chapter" in card.source
 
     # Nothing changed: no job at all.
     bytes_before = notebooks["01_first"].read_bytes()
@@ -164,7 +173,7 @@ def test_a_failing_cell_is_named_and_the_last_good_notebook_stays(book):
     edit(book / "chapters/02_second.md", "print('second')", "print('changed')")
     run = snakemake(book)
     assert run.returncode != 0
-    for word in ("01_first, cell 2", "ZeroDivisionError", "_build/failed/01_first.ipynb"):
+    for word in ("01_first, cell 3", "ZeroDivisionError", "_build/failed/01_first.ipynb"):
         assert word in run.stderr, run.stderr
     assert (book / "book/01_first.ipynb").read_bytes() == good
     assert "changed" in (book / "book/02_second.ipynb").read_text(), (
@@ -195,7 +204,7 @@ def test_a_killed_build_loses_nothing_and_the_next_one_goes_on(book):
         start_new_session=True,
     )
     for line in process.stdout:
-        if "cell  2 of" in line:
+        if "cell  3 of" in line:
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -235,10 +244,37 @@ def test_a_parameter_that_differs_is_injected_and_survives_an_edit_of_the_prose(
 
 def test_inputs_are_the_import_closure(root):
     closure = inputs.closure({"noise2tokens.nice.NICE"})
-    assert {f"noise2tokens{name}" for name in ("", ".nice", ".data", ".training")} <= closure
+    assert {f"noise2tokens{name}" for name in ("", ".nice", ".images", ".training")} <= closure
     assert not any(name.startswith("noise2tokens.flash_attention") for name in closure)
     with pytest.raises(ValueError, match="no such module"):
         inputs.closure({"noise2tokens.nowhere.thing"})
+
+
+def pins(path: Path) -> dict[str, set[str]]:
+    """The versions that a lock file pins, by package; some are pinned by version of Python."""
+    found: dict[str, set[str]] = {}
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)", path.read_text(), re.M):
+        found.setdefault(name, set()).add(version)
+    return found
+
+
+def test_the_lock_files_agree_and_only_the_first_is_behind_an_output(root):
+    """A peer of the tests can be added without executing the book again."""
+    executes, proves = (pins(root / f"requirements{part}.lock") for part in ("", "-test"))
+    assert {"papermill", "numpy", "tokenizers"} <= executes.keys()
+    assert {"pytest", "nbval", "zuko"} <= proves.keys() - executes.keys()
+    assert "torch" not in executes | proves  # the Makefile installs it first
+    assert all(proves[name] == executes[name] for name in proves.keys() & executes.keys())
+    behind = {path.name for path in inputs.files(inputs.chapters()[0])}
+    assert "requirements.lock" in behind and "requirements-test.lock" not in behind
+
+
+def test_what_is_locked_is_installed(root):
+    """For this version of Python; a lock file that was edited and not installed would prove nothing."""
+    wanted = pins(root / "requirements.lock") | pins(root / "requirements-test.lock")
+    here = {name: [d.version for d in distributions(name=name)] for name in wanted}
+    wrong = {name: found for name, found in here.items() if found and found[0] not in wanted[name]}
+    assert wrong == {} and len([name for name in here if here[name]]) > 200
 
 
 def test_snakemake_offers_the_jobs_to_a_slurm_cluster(root, tmp_path):
@@ -273,4 +309,4 @@ def test_snakemake_refuses_an_unknown_scale(root):
         text=True,
         timeout=120,
     )
-    assert run.returncode != 0 and "small or full" in run.stdout + run.stderr
+    assert run.returncode != 0 and "small, long or full" in run.stdout + run.stderr
