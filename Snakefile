@@ -42,6 +42,8 @@ rule chapter:
     input:
         text="chapters/{chapter}.md",
         code=lambda wildcards: [str(path.relative_to(inputs.ROOT)) for path in inputs.files(wildcards.chapter)],
+        # What makes a page of a text. When it changes nothing is executed: the outputs are the same.
+        page=["tools/execute.py", "tools/page.py"],
     output:
         update(f"{BOOK}/{{chapter}}.ipynb"),
     wildcard_constraints:

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from tools import inputs
+from tools import inputs, new
 
 CHAPTERS = inputs.chapters()
 # A synthesis at the end of a part compares chapters; it is free in its form.
@@ -81,11 +81,18 @@ def text(chapter):
 
 @pytest.fixture
 def executed(chapter, root):
-    return nbformat.read(root / "book" / f"{chapter}.ipynb", as_version=4)
+    path = root / "book" / f"{chapter}.ipynb"
+    if not path.exists():
+        pytest.fail(
+            f"there is no book/{path.name} yet: make chapter CHAPTER={chapter}", pytrace=False
+        )
+    return nbformat.read(path, as_version=4)
 
 
-def test_there_are_chapters():
+def test_there_are_chapters_and_all_are_listed(root):
+    """In the table of contents, on the front page, in the import rule; with a module, tests and a slice of its run."""
     assert CHAPTERS
+    assert new.unlisted(root) == []
 
 
 # The text
@@ -117,6 +124,38 @@ def test_setup_and_parameters_come_first(text):
     setup, parameters = code_cells(text)[:2]
     assert setup.source == SETUP and tags(setup) == ["setup", "hide-cell", "nbval-ignore-output"]
     assert parameters.source == 'scale = "small"\nseed = 0' and tags(parameters) == ["parameters"]
+
+
+def test_nothing_is_left_open(chapter, root):
+    """`make new` writes TODO wherever something is to be filled in: in the text, the module and its tests."""
+    paths = [root / "chapters" / f"{chapter}.md", *inputs.room(chapter, root)]
+    paths.append(root / "book" / "index.md")
+    left = [
+        f"{path.relative_to(root)}, line {number}: {line.strip()}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "TODO" in line and (path.stem != "index" or chapter in line)
+    ]
+    if left:
+        pytest.fail("left open:\n" + "\n".join(left), pytrace=False)
+
+
+def test_long_runs_and_ledger_go_by_the_chapters_own_name(chapter, text):
+    """Under a wrong name the page would show another chapter's record."""
+    run = f'record = measured("{chapter}", full_scale, BUDGETS, scale, seed)\nshow_record(record)'
+    cells = [cell for cell in text.cells if cell.cell_type == "code" and "measured(" in cell.source]
+    assert [cell.source[: len(run)] for cell in cells] == [run]
+    named = [
+        name for source in inputs.code(text) for name in re.findall(r"Ledger\((.*?)\)", source)
+    ]
+    if chapter[:2].isdigit():
+        assert named == [f'"{chapter}"']
+        before = "\n".join(
+            cell.source
+            for cell in text.cells[: text.cells.index(cells[0])]
+            if cell.cell_type == "markdown"
+        )
+        assert re.findall(r"^## (.+)$", before, re.M)[-1] == "At long and full scale"
 
 
 @numbered
@@ -280,8 +319,12 @@ def test_the_first_screen(chapter, executed):
     assert all({"hide-input", "hide-cell"} & set(tags(cell)) for cell in preamble)
 
 
-def test_one_cell_opens_the_chapter(text):
-    assert sum("opening" in tags(cell) for cell in code_cells(text)) == 1
+def test_one_picture_opens_the_chapter(text):
+    """The cell tagged `opening`: a figure, an animation or a lab, which the build also puts under the title."""
+    marked = [cell for cell in code_cells(text) if "opening" in tags(cell)]
+    assert len(marked) == 1, f"{len(marked)} cells are tagged opening"
+    drawn = "figure" in marked[0].metadata.get("mystnb", {})
+    assert drawn or re.search(r"^(animate|lab)\(", marked[0].source, re.M), marked[0].source
 
 
 def test_cells_that_draw_or_show_sources_are_folded(executed):
@@ -290,6 +333,21 @@ def test_cells_that_draw_or_show_sources_are_folded(executed):
             assert "hide-input" in tags(cell), cell.source[:80]
         if re.fullmatch(r"show_source\([^()]*\)", cell.source.strip()):
             assert "remove-input" in tags(cell), cell.source[:80]
+
+
+def test_the_links_above_sources_lead_to_those_lines(executed, root):
+    shown = 0
+    for cell in code_cells(executed):
+        for output in cell.outputs:
+            text = output.get("data", {}).get("text/markdown", "")
+            for path, first, last, line in re.findall(
+                r"^\[`.+?`\]\(\S+/blob/main/(\S+)#L(\d+)-L(\d+)\)\n\n```python\n(.+)\n", text, re.M
+            ):
+                lines = (root / path).read_text().splitlines()[int(first) - 1 : int(last)]
+                assert line.strip() == lines[0].strip() and lines[-1].strip(), path
+                shown += 1
+    calls = [cell for cell in code_cells(executed) if cell.source.startswith("show_source(")]
+    assert shown >= len(calls)
 
 
 @numbered

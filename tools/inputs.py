@@ -1,4 +1,4 @@
-"""What a chapter's outputs depend on: its code, the modules that it imports (directly or not), the lock file.
+"""What a chapter's outputs depend on: its code, the modules that it imports (directly or not), data, the lock file.
 
 Snakemake asks `files` for a chapter's inputs, and so knows what to run when one of them changes. `digest` condenses
 their content into one hash, which the executed notebook carries: with it a run can tell an edit of the prose, which
@@ -37,6 +37,22 @@ def numbered(root: Path = ROOT) -> list[str]:
     return [name for name in chapters(root) if name[:2].isdigit()]
 
 
+def slug(chapter: str) -> str:
+    """Return the name that a chapter's module and tests have: the chapter's without its number."""
+    return chapter[3:] if chapter[:2].isdigit() else chapter
+
+
+def room(chapter: str, root: Path = ROOT) -> list[Path]:
+    """List the files that are a chapter's own, its text apart: module or package, and tests."""
+    base = root / "src" / PACKAGE / slug(chapter)
+    tests = root / "tests" / f"test_{slug(chapter)}.py"
+    return [
+        path
+        for path in (base.with_suffix(".py"), *sorted(base.rglob("*.py")), tests)
+        if path.exists()
+    ]
+
+
 def pages(root: Path = ROOT) -> list[Path]:
     """List what the site is made of beside the chapters: pages, pictures, styles, and the code that renders them."""
     found = [
@@ -44,7 +60,7 @@ def pages(root: Path = ROOT) -> list[Path]:
         for path in (root / "book").rglob("*")
         if path.is_file() and path.stem not in chapters(root)
     ]
-    tools = [root / "tools" / name for name in ("site.py", "book_pages.py")]
+    tools = [root / "tools" / name for name in ("site.py", "page.py", "book_pages.py")]
     return sorted(path.relative_to(root) for path in [*found, *tools])
 
 
@@ -110,15 +126,22 @@ def modules(chapter: str, root: Path = ROOT) -> list[str]:
 
 
 def files(chapter: str, root: Path = ROOT) -> list[Path]:
-    """List the files behind a chapter's outputs, its own text apart: modules, its record, the lock file."""
+    """List the files behind a chapter's outputs, its own text apart: modules, data, its records, the lock file."""
     found = []
     for module in modules(chapter, root):
         base = root / "src" / Path(*module.split("."))
         found.append(base / "__init__.py" if base.is_dir() else base.with_suffix(".py"))
     package = root / "src" / PACKAGE
     corpora = sorted((package / "corpora").iterdir()) if package / "text.py" in found else []
+    words = "\n".join(code(source(chapter, root)))
+    # Of the pages that animations and labs are poured into, those that the chapter uses.
+    templates = [
+        path
+        for path in sorted((package / "templates").glob("*"))
+        if {"player": "animate("}.get(path.stem, path.stem) in words
+    ]
     recorded = sorted((package / "recorded").glob(f"{chapter}.*.json"))
-    return [*found, *corpora, *recorded, root / LOCK.name]
+    return [*found, *corpora, *templates, *recorded, root / LOCK.name]
 
 
 def digest(chapter: str, scale: str, root: Path = ROOT) -> str:
