@@ -1,7 +1,8 @@
 """The reader's gates: the rendered site in a real browser, without a network.
 
 Chromium is Debian's package `chromium`, or whatever the environment variable CHROMIUM names. The site is the one in
-_build/html, which `make test` renders beforehand.
+_build/html, which `make test` renders beforehand. A page is opened once, and all tests of it look at it one after the
+other; they leave it as they found it.
 """
 
 import functools
@@ -10,19 +11,27 @@ import os
 import re
 import shutil
 import threading
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
 from tools import inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.glob("book/*.html"))
 CHAPTERS = [f"book/{name}.html" for name in inputs.numbered()]
+# Chapters first, so that both lists number them alike and pytest keeps the tests of a page together.
+PAGES = CHAPTERS + sorted(
+    {str(path.relative_to(SITE)) for path in SITE.glob("book/*.html")} - set(CHAPTERS)
+)
+PAGES += ["404.html"]
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+BASE = CONFIG["html"].get("baseurl", "").rstrip("/")
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -31,12 +40,17 @@ QUIET = [
     "--disable-sync",
     "--no-first-run",
 ]
+SLACK = 1  # pixels, for rounding
 
-pytestmark = pytest.mark.skipif(not PAGES, reason="there is no site yet: run `make book` first")
+pytestmark = pytest.mark.skipif(
+    not (SITE / "index.html").exists(), reason="there is no site yet: run `make book` first"
+)
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None,
     reason="no Chromium: `apt-get install chromium`, or set CHROMIUM to the path of a Chrome or Chromium",
 )
+every_page = pytest.mark.parametrize("name", PAGES, scope="module")
+every_chapter = pytest.mark.parametrize("name", CHAPTERS, scope="module")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -64,19 +78,17 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def visit(browser, address):
     """Open a page; requests that leave this machine are cut off, and they and all errors are noted."""
-    contexts = []
 
-    def visit(page_name: str, *, dark: bool = False, width: int = 1280):
-        context = browser.new_context(
+    def visit(page_name: str, *, dark: bool = False, width: int = 1280, context=None):
+        context = context or browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
         )
-        contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)
-        page.problems = []
+        page.problems, page.loaded = [], {}
         page.route(
             lambda url: not url.startswith((address, "data:", "blob:")),
             lambda route: (
@@ -87,12 +99,15 @@ def visit(browser, address):
         page.on(
             "requestfailed", lambda request: page.problems.append(f"failed: {request.url[:200]}")
         )
-        page.on(
-            "response",
-            lambda answer: (
-                answer.status >= 400 and page.problems.append(f"{answer.status}: {answer.url}")
-            ),
-        )
+
+        def answered(answer):
+            path = unquote(urlsplit(answer.url).path).lstrip("/")
+            if answer.status >= 400:
+                page.problems.append(f"{answer.status}: {answer.url}")
+            elif (SITE / path).is_file() and answer.url.startswith(address):
+                page.loaded[path] = (SITE / path).stat().st_size
+
+        page.on("response", answered)
         page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
         page.on(
             "console",
@@ -102,75 +117,166 @@ def visit(browser, address):
             ),
         )
         page.goto(f"{address}/{page_name}", wait_until="load")
-        page.wait_for_function(
-            "!window.MathJax || !MathJax.startup?.promise || MathJax.startup.promise.then(() => true)"
-        )
+        ready(page)
         return page
 
-    yield visit
-    for context in contexts:
-        context.close()
+    return visit
+
+
+def ready(page) -> None:
+    page.wait_for_function(
+        "!window.MathJax || !MathJax.startup?.promise || MathJax.startup.promise.then(() => true)"
+    )
+    settle(page)
+
+
+def settle(page) -> None:
+    """Let the scripts that measure the page do so."""
+    page.wait_for_timeout(250)
+    page.evaluate(
+        "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )
+
+
+@pytest.fixture(scope="module")
+def page(visit, name):
+    page = visit(name)
+    yield page
+    page.context.close()
+
+
+def too_wide(page, selector: str) -> list[str]:
+    """Name what is wider than its box."""
+    return page.evaluate(
+        """([selector, slack]) => [...document.querySelectorAll(selector)]
+        .filter((e) => e.clientWidth && e.scrollWidth > e.clientWidth + slack)
+        .map((e) => `${e.closest("div.math")?.id || e.className} ${e.scrollWidth} in ${e.clientWidth}`)""",
+        [selector, SLACK],
+    )
+
+
+EQUATION = ".bd-article mjx-container[display=true]"
 
 
 @needs_browser
 @pytest.mark.browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("name", PAGES)
-def test_page_works_without_a_network_and_for_everyone(visit, name, dark):
-    """No request leaves the site, nothing fails, nothing is logged as an error; axe finds nothing serious."""
+@every_page
+def test_page_works_without_a_network_and_for_everyone(page, name):
+    """No request leaves the site, nothing fails, nothing is logged as an error; axe finds nothing, light and dark."""
     from axe_playwright_python.sync_playwright import Axe
 
-    page = visit(name, dark=dark)
-    theme = page.evaluate("document.documentElement.dataset.theme")
-    assert theme == ("dark" if dark else "light")
-    assert page.problems == []  # before axe, which tries to fetch style sheets by wrong addresses
-    results = Axe().run(page).response["violations"]
-    serious = [
-        f"{v['id']}: {v['help']}\n"
-        + "\n".join(f"    {node['html'][:160]}" for node in v["nodes"][:4])
-        for v in results
-        if v["impact"] in ("serious", "critical")
-    ]
-    assert not serious, "\n".join(serious)
-
-
-@needs_browser
-@pytest.mark.browser
-@pytest.mark.parametrize("name", PAGES)
-def test_page_fits_a_phone(visit, name):
-    page = visit(name, width=390)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.problems == []
+    for theme in ("light", "dark"):
+        page.evaluate("theme => { document.documentElement.dataset.theme = theme }", theme)
+        found = [
+            f"{theme}: {v['id']}: {v['help']}\n"
+            + "\n".join(f"    {node['html'][:160]}" for node in v["nodes"][:4])
+            for v in Axe().run(page, options={"preload": False}).response["violations"]
+        ]
+        assert not found, "\n".join(found)
+    page.evaluate("document.documentElement.dataset.theme = 'light'")
 
 
 @needs_browser
 @pytest.mark.browser
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_mathematics_is_typeset(visit, name):
-    page = visit(name)
-    typeset = page.locator("mjx-container").count()
-    assert typeset >= 5
+@every_page
+def test_page_fits_a_phone(page, name):
+    page.set_viewport_size({"width": 390, "height": 844})
+    settle(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert too_wide(page, "table.n2t-ledger") == []
+    # What is wider than a phone scrolls, looks as if it did, and can be scrolled from the keyboard.
+    hidden = page.evaluate(
+        """([equations, slack]) => [...document.querySelectorAll(`.bd-article table, ${equations}`)]
+        .filter((e) => e.clientWidth && e.scrollWidth > e.clientWidth + slack)
+        .filter((e) => !e.matches(".n2t-wide[tabindex='0']") || getComputedStyle(e).overflowX !== "auto")
+        .map((e) => e.outerHTML.slice(0, 120))""",
+        [EQUATION, SLACK],
+    )
+    page.set_viewport_size({"width": 1280, "height": 900})
+    settle(page)
+    assert hidden == [] and page.problems == []
+
+
+@needs_browser
+@pytest.mark.browser
+@every_chapter
+def test_mathematics_is_typeset_and_fits_its_column(page, name):
+    assert page.locator("mjx-container").count() >= 5
     assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
     # What MathJax left alone would show its delimiters to the reader.
     assert not re.search(r"\\\(|\\\[|\$\$", page.locator("article").inner_text())
+    assert too_wide(page, EQUATION) == []
 
 
 @needs_browser
 @pytest.mark.browser
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_animations_play_pause_and_step(visit, name):
-    page = visit(name)
+@every_chapter
+def test_most_equations_fit_a_phone(page, name):
+    page.set_viewport_size({"width": 390, "height": 844})
+    settle(page)
+    wide, total = too_wide(page, EQUATION), page.locator(EQUATION).count()
+    smallest = page.evaluate(
+        "s => Math.min(...[...document.querySelectorAll(s)].map((e) => parseFloat(e.style.fontSize || 100)))",
+        EQUATION,
+    )
+    page.set_viewport_size({"width": 1280, "height": 900})
+    settle(page)
+    assert len(wide) <= 0.2 * total, wide
+    assert smallest >= 85  # percent of the text's size
+
+
+@needs_browser
+@pytest.mark.browser
+@every_chapter
+def test_the_keyboard_reaches_what_acts_and_shows_where_it_is(page, name):
+    """Formulas and pictures are no stops of the Tab key; every stop on the way to the text is outlined."""
+    stops = page.evaluate(
+        """() => [...document.querySelectorAll(".bd-article mjx-container, .bd-article img")]
+        .filter((e) => e.tabIndex === 0 || e.querySelector("[tabindex='0']")).length"""
+    )
+    assert stops == 0
+    page.evaluate("() => { window.scrollTo(0, 0); document.activeElement?.blur(); }")
+    seen = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        at = page.evaluate(
+            """() => {
+              const e = document.activeElement, style = getComputedStyle(e);
+              return {
+                name: e.getAttribute("aria-label") || e.title || e.textContent.trim() || e.querySelector("img")?.alt,
+                header: e.closest(".bd-header-article, .article-header-buttons") !== null,
+                text: e.closest(".bd-article") !== null,
+                html: e.outerHTML.slice(0, 100),
+                outline: style.outlineStyle === "none" ? 0 : parseFloat(style.outlineWidth),
+              };
+            }"""
+        )
+        assert at["name"] and at["outline"] >= 1, at
+        seen.append(at)
+        if at["text"]:
+            break
+    assert seen[-1]["text"] and sum(at["header"] for at in seen) >= 4
+
+
+@needs_browser
+@pytest.mark.browser
+@every_chapter
+def test_animations_play_pause_and_step(page, name):
     players = page.locator("figure.n2t-player")
     assert players.count() >= 1
     for player in players.all():
-        picture, count = player.locator("img"), player.locator("span").first
+        picture, count = player.locator("img"), player.locator("output").first
         first, total = picture.get_attribute("src"), int(count.inner_text().split("/")[1])
         assert total >= 3 and len(picture.get_attribute("alt").split()) >= 5
         player.get_by_role("button", name="step forward").click()
         assert count.inner_text() == f"2 / {total}" and picture.get_attribute("src") != first
         player.get_by_role("button", name="step back").click()
         assert picture.get_attribute("src") == first
+        signs = player.locator(".n2t-play, .n2t-pause")
+        assert [sign.is_visible() for sign in signs.all()] == [True, False]
         player.get_by_role("button", name="play").click()
+        assert [sign.is_visible() for sign in signs.all()] == [False, True]
         page.wait_for_function(
             "([span, was]) => span.textContent !== was",
             arg=[count.element_handle(), f"1 / {total}"],
@@ -182,26 +288,153 @@ def test_animations_play_pause_and_step(visit, name):
         player.get_by_role("slider", name="frame").press("End")
         assert count.inner_text() == f"{total} / {total}"
         assert page.evaluate("e => e.naturalWidth", picture.element_handle()) > 100
+        player.get_by_role("slider", name="frame").press("Home")
     assert page.problems == []
 
 
 @needs_browser
 @pytest.mark.browser
-def test_search_finds_a_word(visit):
-    page = visit("search.html?q=dequantisation")
-    page.wait_for_selector("#search-results ul.search li a")
-    found = page.locator("#search-results ul.search li a").evaluate_all(
-        "links => links.map(a => a.href)"
+def test_who_asks_for_little_motion_gets_a_picture_a_second_and_no_gliding(visit):
+    page = visit(CHAPTERS[0])
+    page.emulate_media(reduced_motion="reduce")
+    counts = page.evaluate(
+        """() => new Promise((done) => {
+          const player = document.querySelector("figure.n2t-player"), changes = [], start = performance.now();
+          new MutationObserver(() => changes.push(performance.now() - start))
+            .observe(player.querySelector("output"), { childList: true, characterData: true, subtree: true });
+          player.querySelector("[aria-label=play]").click();
+          setTimeout(() => { player.querySelector("[aria-label=pause]").click(); done(changes); }, 2400);
+        })"""
     )
-    assert any("02_nice" in link for link in found)
-    assert page.problems == []
+    assert len(counts) == 2 and counts[0] > 900, counts
+    assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+    assert (
+        page.evaluate(
+            "parseFloat(getComputedStyle(document.querySelector('.btn')).transitionDuration)"
+        )
+        < 0.01
+    )
+    page.context.close()
 
 
 @needs_browser
 @pytest.mark.browser
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_the_launch_button_opens_the_executed_notebook_of_the_site(visit, name):
-    page = visit(name)
+@every_chapter
+def test_paper_is_white_and_loses_nothing(page, name):
+    """Printed from a dark screen: light, everything unfolded, nothing wider than the sheet; afterwards all as before."""
+    state = """() => [document.documentElement.dataset.theme,
+      [...document.querySelectorAll("details")].map((e) => e.open),
+      [...document.querySelectorAll(".admonition.toggle")].map((e) => e.classList.contains("toggle-hidden"))]"""
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    before = page.evaluate(state)
+    assert any(before[2]), "no folded solution"
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 672, "height": 1000})  # A4 within margins of 16 mm
+    page.wait_for_timeout(50)
+    theme, details, folded = page.evaluate(state)
+    wide = too_wide(
+        page, f"{EQUATION}, .bd-article pre, .bd-article table, .bd-article .cell_output"
+    )
+    sheet = page.evaluate("document.documentElement.scrollWidth")
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    settle(page)
+    after = page.evaluate(state)
+    page.evaluate("document.documentElement.dataset.theme = 'light'")
+    assert (theme, all(details), any(folded)) == ("light", True, False)
+    assert wide == [] and sheet <= 672 + SLACK
+    assert ground in ("rgb(255, 255, 255)", "rgba(0, 0, 0, 0)")
+    assert after == before and page.problems == []
+
+
+@needs_browser
+@pytest.mark.browser
+@every_chapter
+def test_the_title_of_a_solution_opens_it(page, name):
+    solution = page.locator(".admonition.solution.toggle").first
+    title, address = solution.locator("> .admonition-title"), page.url
+    content = solution.locator("> section, > div").first
+    assert not content.is_visible()
+    words = title.bounding_box()
+    title.click(position={"x": words["width"] / 3, "y": words["height"] / 2})
+    assert content.is_visible() and page.url == address
+    solution.get_by_role("button", name="Solution to").press("Enter")
+    assert not content.is_visible() and page.url == address
+
+
+@needs_browser
+@pytest.mark.browser
+@every_chapter
+def test_a_chapter_loads_little_and_shows_sharp_figures(page, name):
+    small = {path: size for path, size in page.loaded.items() if not path.endswith(".png")}
+    assert page.loaded["_static/scripts/fontawesome.js"] < 20_000
+    assert not any("thebe" in path or "webfonts" in path for path in page.loaded)
+    assert "thebe" not in (SITE / name).read_text().lower()
+    assert sum(small.values()) < 3_500_000, sorted(small.items(), key=lambda item: -item[1])[:5]
+    icons = page.locator(".article-header-buttons svg path")
+    assert icons.count() >= 5
+    soft = page.evaluate(
+        """() => [...document.querySelectorAll(".cell_output img[src*='_images/']")]
+        .filter((e) => e.naturalWidth < 1.9 * e.clientWidth).map((e) => `${e.naturalWidth} for ${e.clientWidth}`)"""
+    )
+    assert soft == []
+
+
+@needs_browser
+@pytest.mark.browser
+def test_search_finds_a_word_and_leads_to_it(visit):
+    page = visit("search.html?q=dequantization")
+    link = page.locator("#search-results ul.search li a[href*='02_nice']").first
+    link.wait_for()
+    link.click()
+    ready(page)
+    mark = page.locator(".bd-article .highlighted").first
+    mark.wait_for()
+    page.wait_for_function("document.activeElement.classList.contains('highlighted')")
+    focused = page.locator(".bd-article .highlighted:focus")
+    top = focused.bounding_box()["y"]
+    assert 0 <= top <= 900 and "dequantization" in focused.inner_text().lower()
+    assert page.evaluate("window.scrollY") > 900
+    assert page.locator(".bd-sidebar-primary .highlighted").count() == 0
+    assert page.problems == []
+    page.context.close()
+
+
+@needs_browser
+@pytest.mark.browser
+def test_a_system_in_dark_mode_gets_dark_pages_with_lighter_ink(visit):
+    """Ink and colors reach the contrast that text (4.5) and lines (3) need, as light and dark pages show them."""
+    from matplotlib.colors import to_rgb
+
+    from noise2tokens.display import COLORS, INK
+
+    def luminance(color):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    for dark in (False, True):
+        page = visit(CHAPTERS[0], dark=dark)
+        theme = "dark" if dark else "light"
+        assert page.evaluate("document.documentElement.dataset.theme") == theme
+        picture = page.locator(".cell_output img").first
+        assert f"n2t-on-{theme}" in picture.evaluate("e => getComputedStyle(e).filter")
+        exponent = float(page.locator(f"#n2t-on-{theme} feFuncG").get_attribute("exponent"))
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        ground = luminance([int(part) / 255 for part in re.findall(r"\d+", ground)[:3]])
+        for color, least in [(INK, 4.5), *((color, 3) for color in COLORS)]:
+            ink = luminance([part**exponent for part in to_rgb(color)])
+            contrast = (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05)
+            assert contrast >= least, (theme, color)
+        page.context.close()
+
+
+@needs_browser
+@pytest.mark.browser
+@every_chapter
+def test_the_launch_button_opens_the_executed_notebook_of_the_site(page, name):
     links = page.locator("a[href*='colab.research.google.com']").evaluate_all(
         "links => links.map(a => a.href)"
     )
@@ -216,13 +449,14 @@ def test_the_launch_button_opens_the_executed_notebook_of_the_site(visit, name):
 
 
 class Page(HTMLParser):
-    """Collects ids, links and pictures."""
+    """Collects ids, links, pictures and what the head says."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.ids: set[str] = set()
         self.links: list[str] = []
         self.pictures: list[dict] = []
+        self.meta: dict[str, str] = {}
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attributes):
@@ -232,6 +466,10 @@ class Page(HTMLParser):
             self.links.append(attributes["href"])
         if tag == "img":
             self.pictures.append(attributes)
+        if tag == "meta":
+            self.meta[attributes.get("name") or attributes.get("property")] = attributes.get(
+                "content"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -279,21 +517,144 @@ def test_quoted_numbers_and_roles_are_resolved(pages):
             )
 
 
-def test_the_ledger_page_holds_every_row_of_every_chapter():
+def test_pages_say_what_they_are_about(pages):
+    """Each page has a description of its own; with the site's address known, a card for shared links too."""
+    from PIL import Image
+
+    from tools.book_pages import VERDICTS
+
+    assert len(VERDICTS) == 4
+    seen = {}
+    for path, page in pages.items():
+        if path.parent.name != "book" or path.stem == "bibliography":  # a list, without a sentence
+            continue
+        words = page.meta["description"]
+        assert 40 <= len(words) <= 200 and words not in seen, (path.name, words, seen.get(words))
+        seen[words] = path.name
+        assert ("og:image" in page.meta) == bool(BASE)
+        if BASE:
+            assert page.meta["og:description"] == words and page.meta["og:title"]
+            assert page.meta["og:url"] == f"{BASE}/book/{path.name}"
+            card = SITE / page.meta["og:image"].removeprefix(f"{BASE}/")
+            with Image.open(card) as picture:
+                assert picture.size == (1200, 630) and card.stat().st_size < 150_000
+
+
+def test_the_map_of_the_site_names_its_pages():
+    path = SITE / "sitemap.xml"
+    assert path.exists() == bool(BASE)
+    if BASE:
+        space = {"map": "http://www.sitemaps.org/schemas/sitemap/0.9"}
+        places = {place.text for place in ET.parse(path).iterfind("map:url/map:loc", space)}
+        wanted = {str(page.relative_to(SITE)) for page in SITE.glob("book/*.html")}
+        assert places == {f"{BASE}/{page}" for page in wanted}
+
+
+@needs_browser
+@pytest.mark.browser
+def test_a_lost_address_leads_back(browser):
+    """Served for an address that leads nowhere, deep in the site's folder, the page has its styles and its links."""
+    prefix = urlsplit(BASE).path
+
+    class Lost(Handler):
+        def translate_path(self, path):
+            found = super().translate_path(path.removeprefix(prefix))
+            return found if os.path.isfile(found) else str(SITE / "404.html")
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Lost, directory=str(SITE))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    page = browser.new_page()
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(
+        f"http://127.0.0.1:{server.server_port}{prefix}/book/no/such/page.html", wait_until="load"
+    )
+    assert problems == [] and "no such page" in page.locator("h1").inner_text()
+    assert (
+        page.locator("article").evaluate("e => getComputedStyle(e).fontFamily") != "Times New Roman"
+    )
+    page.get_by_role("link", name="Start at the front page").click()
+    assert page.url.endswith(f"{prefix}/book/index.html") and "Noise to Tokens" in page.title()
+    page.close()
+    server.shutdown()
+
+
+def test_the_page_on_citing_says_what_the_citation_file_says():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    shown = re.sub(r"<[^>]+>", "", (SITE / "book/cite.html").read_text()).replace("&#39;", "'")
+    for key in ("title", "version", "repository-code"):
+        assert str(cff[key]).replace("'", "’") in shown.replace("'", "’"), key
+    assert "@misc{" in shown and str(cff["date-released"]) in shown
+
+
+def test_the_ledger_page_counts_first_and_holds_every_row_of_every_chapter():
     import nbformat
 
-    from tools.book_pages import ledger_rows
+    from tools.book_pages import VERDICTS, ledger_rows
 
     page = (SITE / "book/ledger.html").read_text()
-    for chapter in inputs.numbered():
-        rows = ledger_rows(nbformat.read(ROOT / "book" / f"{chapter}.ipynb", as_version=4))
-        assert rows
-    shown = page.count("<strong>reproduced</strong>") + page.count("<strong>differs</strong>")
-    shown += page.count("<strong>not measured yet</strong>") + page.count(
-        "<strong>out of reach</strong>"
-    )
-    total = sum(
-        len(ledger_rows(nbformat.read(ROOT / "book" / f"{chapter}.ipynb", as_version=4)))
+    article = page[page.index('<article class="bd-article">') :]
+    rows = {
+        chapter: ledger_rows(nbformat.read(ROOT / "book" / f"{chapter}.ipynb", as_version=4))
         for chapter in inputs.chapters()
-    )
+    }
+    assert all(rows[chapter] for chapter in inputs.numbered())
+    total = sum(map(len, rows.values()))
+    shown = sum(article.count(f"<strong>{verdict}</strong>") for verdict in VERDICTS)
     assert shown == total
+    summary = article[: article.index("n2t-ledger")]
+    numbers = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", summary, re.S)]
+    assert numbers[-1] == str(total), numbers[-6:]
+    assert article.count("(derived)") == 1 + sum(row["derived"] for row in sum(rows.values(), []))
+
+
+def test_a_reason_that_several_rows_share_is_said_once():
+    from tools.book_pages import _with_reasons_grouped
+
+    row = {
+        "what": "x",
+        "paper": 1.0,
+        "source": "s",
+        "ours": None,
+        "tolerance": None,
+        "spread": None,
+        "derived": False,
+    }
+    rows = [
+        row | {"why": why, "verdict": "out of reach"} for why in ("no data", "too long", "no data")
+    ]
+    text = _with_reasons_grouped(rows)
+    assert text.count("no data") == 1 and text.count("too long") == 1
+    assert [line[-8:-5] for line in text.splitlines() if line.startswith("| x")] == [
+        ": a",
+        ": b",
+        ": a",
+    ]
+
+
+@pytest.mark.slow
+def test_an_edit_of_the_styles_alone_reaches_every_page(tmp_path):
+    from tools import site
+
+    shutil.copytree(
+        ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(ROOT / "book" / "_static", tmp_path / "book" / "_static")
+    shutil.copy(ROOT / "CITATION.cff", tmp_path)
+    (tmp_path / "chapters").mkdir()
+    (tmp_path / "book" / "index.md").write_text(
+        "# A front page\n\nIt says enough to be a description of itself.\n"
+    )
+    (tmp_path / "book" / "references.bib").write_text("")
+    (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/index\n")
+    front = site.render("small", tmp_path).parent
+    page = (front / "book" / "index.html").read_text()
+    with (tmp_path / "book" / "_static" / "book.css").open("a") as styles:
+        styles.write("\n.added { color: red; }\n")
+    site.render("small", tmp_path)
+    assert ".added" in (front / "_static" / "book.css").read_text()
+    version = re.compile(r"book\.css\?v=(\w+)")
+    assert version.search(page)[1] != version.search((front / "book" / "index.html").read_text())[1]

@@ -1,8 +1,8 @@
 """Render the site: python -m tools.site SCALE
 
 The sources are gathered in one folder (pages from book/, notebooks of the wanted scale, configuration), where the
-notebooks' setup cells are given the commit that they belong to, and Jupyter Book renders that folder with warnings as
-errors. Files that did not change are not touched, so that only pages that did are rendered.
+notebooks' setup cells and links to code are given the commit that they belong to, and Jupyter Book renders that folder
+with warnings as errors. Files that did not change are not touched, so that only pages that did are rendered.
 """
 
 import shutil
@@ -15,6 +15,7 @@ import nbformat
 from tools import inputs, page
 
 UNSTAMPED = r"ref = \"main\""
+SOURCES = "/blob/main/src/noise2tokens/"  # in the links above the code that a chapter shows
 
 
 def gather(scale: str, site: Path, commit: str, root: Path = inputs.ROOT) -> None:
@@ -26,7 +27,9 @@ def gather(scale: str, site: Path, commit: str, root: Path = inputs.ROOT) -> Non
         text = (notebooks / f"{chapter}.ipynb").read_text()
         if text.count(UNSTAMPED) != 1:
             raise ValueError(f'{chapter}.ipynb: expected ref = "main" once, in the setup cell')
-        notebook = nbformat.reads(text.replace(UNSTAMPED, UNSTAMPED.replace("main", commit)), 4)
+        text = text.replace(UNSTAMPED, UNSTAMPED.replace("main", commit))
+        text = text.replace(SOURCES, SOURCES.replace("main", commit))
+        notebook = nbformat.reads(text, 4)
         page.alive(notebook)
         content[Path("book") / f"{chapter}.ipynb"] = nbformat.writes(notebook).encode()
     for path in [path for path in site.rglob("*") if path.is_file()]:

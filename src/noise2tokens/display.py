@@ -1,10 +1,11 @@
 """What a chapter shows, and how: one plotting style, checks, sources, numbers for the prose, animations.
 
 Three decisions are behind it. Figures have a transparent background and mid-gray ink, so that one PNG reads well on
-the book's light and dark pages. A check, a table and a quoted number carry in their output's metadata what was
-measured and how far another run may be from it, so that a stored notebook is compared with a fresh one by its numbers
-and not by its digits (tools/compare.py). An animation is a strip of still pictures with buttons, without a library
-from a network, so that it works on a plane and from the keyboard.
+light and dark pages (the book's own darken or lighten it a little), and are drawn at twice a screen's density. A
+check, a table and a quoted number carry in their output's metadata what was measured and how far another run may be
+from it, so that a stored notebook is compared with a fresh one by its numbers and not by its digits
+(tools/compare.py). An animation is a strip of still pictures with buttons, without a library from a network, so that
+it works on a plane and from the keyboard.
 """
 
 import ast
@@ -29,10 +30,13 @@ from IPython.display import HTML, Markdown, display
 from jaxtyping import Real
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 INK = "#7a7a7a"
 COLORS = ["#0f8fd0", "#e0700a", "#00a378", "#d05aa5", "#b8860b", "#7a7fd6"]
+DPI = 110
+DENSITY = 2  # pixels of a picture for one of the page
 
 
 def use_style() -> None:
@@ -41,8 +45,8 @@ def use_style() -> None:
     plt.rcParams.update(
         {
             "figure.figsize": (7.0, 3.6),
-            "figure.dpi": 110,
-            "savefig.dpi": 110,
+            "figure.dpi": DPI,
+            "savefig.dpi": DPI,
             "figure.facecolor": "none",
             "savefig.facecolor": "none",
             "axes.facecolor": "none",
@@ -64,6 +68,76 @@ def use_style() -> None:
             "image.interpolation": "nearest",
         }
     )
+    shell = get_ipython()
+    if shell is not None:
+
+        def draw_inline(*_) -> None:
+            shell.display_formatter.formatters["image/png"].for_type(Figure, _inline)
+
+        # matplotlib's inline backend sets its own way after the cell in which it is loaded: so load it now, and come
+        # after it.
+        plt.close(plt.figure())
+        shell.events.register("post_run_cell", draw_inline)
+        draw_inline()
+
+
+def picture(
+    figure: Figure, kind: str = "png", *, dpi: float | int = DPI * DENSITY, tight: bool = True
+) -> bytes:
+    """Draw a figure as a file that is small although dense: 256 colors are enough for lines, text and a color map.
+
+    Args:
+        figure: The figure.
+        kind: "png" or "webp", both without loss beyond the colors.
+        dpi: Pixels an inch.
+        tight: Whether to cut off empty margins.
+
+    Returns:
+        The file's content. A PNG knows its `dpi`, so that a page can show it at the intended size.
+    """
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    with plt.rc_context({"savefig.bbox": "tight" if tight else "standard"}):
+        figure.savefig(drawn, format="png", dpi=dpi, facecolor=figure.get_facecolor())
+    image = _in_256_colors(Image.open(drawn).convert("RGBA"))
+    if kind == "png":
+        image.save(buffer, "png", optimize=True, dpi=(dpi, dpi))
+    else:
+        image.convert("RGBA").save(buffer, "webp", lossless=True, quality=60, method=4)
+    return buffer.getvalue()
+
+
+def _in_256_colors(image: Image.Image) -> Image.Image:
+    """Give every pixel the nearest of 256 colors, chosen one by one where most pixels are furthest off."""
+    pixels = np.array(image)
+    pixels[pixels[..., 3] == 0] = 0
+    packed, place, counts = np.unique(
+        pixels.view(np.uint32), return_inverse=True, return_counts=True
+    )
+    colors = packed[:, None].view(np.uint8)
+    opacity = colors[:, 3:].astype(np.float32)
+    look = np.concatenate([colors[:, :3] * opacity / 255, opacity], axis=1)  # on a black page
+    chosen = [int(counts.argmax())]
+    nearest, error = np.zeros(len(look), np.uint8), ((look - look[chosen[0]]) ** 2).sum(1)
+    while len(chosen) < 256 and error.any():
+        chosen.append(int((error * np.sqrt(counts)).argmax()))
+        new = ((look - look[chosen[-1]]) ** 2).sum(1)
+        nearest[new < error] = len(chosen) - 1
+        error = np.minimum(error, new)
+    reduced = Image.fromarray(nearest[place].reshape(pixels.shape[:2]), "P")
+    reduced.putpalette(colors[chosen].tobytes(), "RGBA")
+    return reduced
+
+
+def _inline(figure: Figure) -> tuple[str, dict[str, int]] | None:
+    """Draw a figure for a notebook, with the size to show it at."""
+    if not figure.axes:
+        return None
+    data = picture(figure, dpi=figure.dpi * DENSITY)
+    size = Image.open(io.BytesIO(data)).size
+    return base64.b64encode(data).decode(), {
+        "width": size[0] // DENSITY,
+        "height": size[1] // DENSITY,
+    }
 
 
 def check(
@@ -109,7 +183,9 @@ def check(
         raise AssertionError(f"{claim}{_bound(bounds)}, but measured {value!r}")
     record = {"claim": claim, "value": _in_json(value), **bounds}
     text = check_text(record)
-    display(_Shown(text, f'<div class="n2t-check">{html.escape(text)}</div>', {"check": record}))
+    page = html.escape(text, quote=False)
+    page = f'<div class="n2t-check" style="font-size:0.9em">{page}</div>'
+    display(_Shown(text, page, {"check": record}))
 
 
 def check_text(record: dict[str, Any]) -> str:
@@ -121,14 +197,16 @@ def check_text(record: dict[str, Any]) -> str:
     Returns:
         Such as "✓ the flow inverts: 3.1e-15, at most 1e-12".
     """
-    if isinstance(record["value"], bool):
+    value = record["value"]
+    if isinstance(value, bool):
         return f"✓ {record['claim']}"
-    return f"✓ {record['claim']}: {_digits(float(record['value']), 3, small=2)}{_bound(record)}"
+    value = float(value) if isinstance(value, str) else value
+    return f"✓ {record['claim']}: {_digits(value, 3, small=2)}{_bound(record)}"
 
 
 def _bound(record: dict[str, Any]) -> str:
     parts = [
-        f"{words} {record[name]:g}".replace("e-0", "e-")
+        f"{words} {record[name]:g}".replace(" -", " −").replace("e-0", "e-").replace("e+0", "e")
         for name, words in (("at_least", "at least"), ("at_most", "at most"))
         if name in record
     ]
@@ -247,9 +325,7 @@ def table_text(record: dict[str, Any]) -> str:
         Markdown.
     """
     head, *body = record["cells"]
-    numeric = [
-        any(isinstance(row[i], int | float) for row in body) for i in range(1, len(head))
-    ]
+    numeric = [any(isinstance(row[i], int | float) for row in body) for i in range(1, len(head))]
     lines = [] if record["caption"] is None else [f"*{record['caption']}*", ""]
     lines.append("| " + " | ".join(_escaped(name) for name in head) + " |")
     lines.append("|---|" + "|".join("---:" if number else "---" for number in numeric) + "|")
@@ -325,10 +401,15 @@ class _Shown:
         return {"text/plain": self.text, "text/html": self.page}, {"noise2tokens": self.measured}
 
 
+# The site binds it to the commit that the page was made at (tools/site.py).
+SOURCES = "https://github.com/noise-to-tokens/noise-to-tokens/blob/main/src"
+
+
 def show_source(*objects: Callable) -> None:
     """Show the source of functions, methods or classes of the package, as the tests run it.
 
-    Docstrings are left out: beside the text of a chapter they would say everything twice.
+    Docstrings are left out: beside the text of a chapter they would say everything twice. The file's name above it
+    leads to those lines in the repository.
 
     Args:
         objects: Anything `inspect.getsource` takes.
@@ -337,8 +418,11 @@ def show_source(*objects: Callable) -> None:
     for thing in objects:
         thing = inspect.unwrap(thing)  # tests wrap functions to check shapes
         path = Path(inspect.getsourcefile(thing)).relative_to(Path(__file__).parent.parent)
-        source = _without_docstrings(textwrap.dedent(inspect.getsource(thing)))
-        blocks.append(f"`{path.as_posix()}`\n\n```python\n{source}\n```")
+        path = path.as_posix()
+        lines, first = inspect.getsourcelines(thing)
+        source = _without_docstrings(textwrap.dedent("".join(lines)))
+        place = f"{SOURCES}/{path}#L{first}-L{first + len(lines) - 1}"
+        blocks.append(f"[`{path}`]({place})\n\n```python\n{source}\n```")
     display(Markdown("\n\n".join(blocks)))
 
 
@@ -447,64 +531,30 @@ def animate(
     for i in range(frames):
         figure = plt.figure(figsize=figsize)
         draw(i, figure)
-        buffer = io.BytesIO()
         # A fixed canvas (no tight box): frames that differ in size would make the picture jump.
-        with plt.rc_context({"savefig.bbox": "standard"}):
-            figure.savefig(buffer, format="webp", dpi=90, pil_kwargs={"quality": 70, "method": 4})
+        content = picture(figure, "webp", dpi=90 * DENSITY, tight=False)
         plt.close(figure)
-        pictures.append("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode())
-    display(HTML(_player(pictures, captions or [""] * frames, alt, fps)))
+        pictures.append("data:image/webp;base64," + base64.b64encode(content).decode())
+    size = tuple(round(90 * inches) for inches in figsize)
+    display(HTML(_player(pictures, captions or [""] * frames, alt, fps, size)))
 
 
-def _player(pictures: list[str], captions: list[str], alt: str, fps: float | int) -> str:
+def _player(
+    pictures: list[str], captions: list[str], alt: str, fps: float | int, size: tuple[int, int]
+) -> str:
+    # "</" would end the script that the data lie in.
     data = json.dumps({"pictures": pictures, "captions": captions, "wait": 1000 / fps}).replace(
         "</", "<\\/"
     )
-    last = len(pictures) - 1
-    return f"""<figure class="n2t-player" style="margin:0;max-width:40rem">
-<img src="{pictures[0]}" alt="{html.escape(alt, quote=True)}" style="width:100%;height:auto;background:none">
-<div style="display:flex;gap:.4rem;align-items:center">
-<button type="button" aria-label="step back">&#9664;&#xFE0E;</button>
-<button type="button" aria-label="play">play</button>
-<button type="button" aria-label="step forward">&#9654;&#xFE0E;</button>
-<input type="range" min="0" max="{last}" value="0" aria-label="frame" style="flex:1;min-width:0">
-<span style="min-width:4.5em;text-align:right">1 / {last + 1}</span>
-</div>
-<figcaption aria-live="polite" style="min-height:3em">{html.escape(captions[0])}</figcaption>
-<script type="application/json">{data}</script>
-<script>
-(() => {{
-  const root = document.currentScript.closest("figure");
-  const {{pictures, captions, wait}} = JSON.parse(root.querySelector("script").textContent);
-  const [img, slider, count, caption] =
-    ["img", "input", "span", "figcaption"].map((name) => root.querySelector(name));
-  const [back, play, next] = root.querySelectorAll("button");
-  let frame = 0, timer = null;
-  const show = (i) => {{
-    frame = (i + pictures.length) % pictures.length;
-    img.src = pictures[frame];
-    slider.value = frame;
-    count.textContent = `${{frame + 1}} / ${{pictures.length}}`;
-    caption.textContent = captions[frame];
-  }};
-  const stop = () => {{
-    clearInterval(timer);
-    timer = null;
-    play.textContent = "play";
-    play.ariaLabel = "play";
-    caption.ariaLive = "polite";
-  }};
-  const start = () => {{
-    caption.ariaLive = "off";
-    play.textContent = "pause";
-    play.ariaLabel = "pause";
-    if (frame === pictures.length - 1) show(0);
-    timer = setInterval(() => (frame === pictures.length - 1 ? stop() : show(frame + 1)), wait);
-  }};
-  play.onclick = () => (timer ? stop() : start());
-  back.onclick = () => (stop(), show(frame - 1));
-  next.onclick = () => (stop(), show(frame + 1));
-  slider.oninput = () => (stop(), show(Number(slider.value)));
-}})();
-</script>
-</figure>"""
+    page = (Path(__file__).parent / "templates" / "player.html").read_text(encoding="utf-8")
+    values = {
+        "first": pictures[0],
+        "alt": html.escape(alt, quote=True),
+        "width": str(size[0]),
+        "height": str(size[1]),
+        "last": str(len(pictures) - 1),
+        "frames": str(len(pictures)),
+        "caption": html.escape(captions[0]),
+        "data": data,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page).rstrip()
