@@ -138,7 +138,7 @@ def files(chapter: str, root: Path = ROOT) -> list[Path]:
     templates = [
         path
         for path in sorted((package / "templates").glob("*"))
-        if {"player": "animate("}.get(path.stem, path.stem) in words
+        if {"player": "animate(", "lab": "lab("}.get(path.stem, path.stem) in words
     ]
     recorded = sorted((package / "recorded").glob(f"{chapter}.*.json"))
     return [*found, *corpora, *templates, *recorded, root / LOCK.name]

@@ -87,9 +87,13 @@ def opening(notebook: NotebookNode) -> str:
         if PLAYER.search(data.get("text/html", "")):
             page = data["text/html"]
             frames = re.findall(r'"(data:image/[^"]+)"', page)
+            if not frames:  # a lab without a still picture
+                return ""
             picture = frames[-1]
             alt = unescape(re.search(r'<img[^>]*alt="([^"]*)"', page).group(1))
             caption = "The last frame of an animation that stands further down, with its buttons."
+            if "n2t-lab" in page:
+                caption = "An experiment that stands further down, with its sliders."
             break
     else:
         return ""
@@ -119,7 +123,9 @@ def fold(notebook: NotebookNode) -> None:
         setup = {"setup", "parameters"} & set(tags) or _imports_only(lines)
         if lines and cell.source.strip().startswith("show_source(") and _one_call(cell.source):
             _tag(cell, "remove-input")
-        elif setup or "mystnb" in cell.metadata or re.search(r"^animate\(", cell.source, re.M):
+        elif (
+            setup or "mystnb" in cell.metadata or re.search(r"^(animate|lab)\(", cell.source, re.M)
+        ):
             if "hide-cell" not in tags:
                 _tag(cell, "hide-input")
         else:

@@ -1,0 +1,258 @@
+"""Labs: what they compute in the browser equals the package, and everyone can use them."""
+
+import json
+import os
+import re
+import shutil
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from noise2tokens.flash_attention.cost import plain_bytes, tiled_bytes
+from noise2tokens.flash_attention.softmax import SoftmaxState, block_state, finish, merge
+from noise2tokens.flash_attention.tiled import (
+    SlowMemory,
+    plain_attention,
+    sweep,
+    tile_is_hidden,
+    tile_scores,
+    tile_spans,
+    tiled_forward,
+)
+from noise2tokens.labs import lab, lab_page
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium: `apt-get install chromium`, or set CHROMIUM"
+)
+N, DIM = 12, 4
+
+
+def problem() -> dict:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(N, DIM, generator=generator) for _ in range(3))
+    rounded = {
+        name: [[round(x, 2) for x in row] for row in t.tolist()]
+        for name, t in zip("qkv", (q, k, v), strict=True)
+    }
+    return {**rounded, "scale": 0.75, "fast": 100, "itemsize": 4}
+
+
+def qkv(dtype=torch.float64) -> list[torch.Tensor]:
+    return [torch.tensor(problem()[name], dtype=dtype)[None, None, None] for name in "qkv"]
+
+
+def queries_outside(rows: int, columns: int, causal: bool) -> list[SoftmaxState]:
+    """The state of the rows in fast memory after each tile, by the package's own sweep."""
+    q, k, v = qkv()
+    return [
+        state
+        for span in tile_spans(N, rows)
+        for i, (_, state) in enumerate(
+            sweep(
+                q[..., slice(*span), :],
+                k,
+                v,
+                span,
+                0 if causal else None,
+                0.75,
+                SlowMemory(),
+                columns,
+            )
+        )
+        if i
+    ]
+
+
+def keys_outside(rows: int, columns: int, causal: bool) -> tuple[list[SoftmaxState], SlowMemory]:
+    """FlashAttention's own order (Dao et al. 2022, Algorithm 1), from the package's parts: states, and traffic."""
+    q, k, v = qkv()
+    o, ell, m = (
+        torch.zeros_like(q),
+        torch.zeros(1, 1, 1, N).double(),
+        torch.full((1, 1, 1, N), -torch.inf).double(),
+    )
+    memory, states = SlowMemory(), []
+    for tensor in (o, ell, m):
+        memory.store(tensor, tensor.clone())
+    for c in tile_spans(N, columns):
+        k_tile, v_tile = memory.load(k[..., slice(*c), :]), memory.load(v[..., slice(*c), :])
+        for r in tile_spans(N, rows):
+            if causal and tile_is_hidden(r, c, 0):
+                continue
+            part = slice(*r)
+            q_tile, o_tile = memory.load(q[..., part, :]), memory.load(o[..., part, :])
+            ell_tile, m_tile = memory.load(ell[..., part]), memory.load(m[..., part])
+            scores = tile_scores(q_tile, k_tile, r, c, 0 if causal else None, 0.75)
+            state = merge(
+                SoftmaxState(m_tile, ell_tile, o_tile * ell_tile[..., None]),
+                block_state(scores, v_tile),
+            )
+            states.append(state)
+            memory.store(o[..., part, :], finish(state)[0])
+            memory.store(ell[..., part], state.ell)
+            memory.store(m[..., part], state.m)
+    return states, memory
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """Two labs on one page; what goes wrong or leaves the page is noted."""
+    page = browser.new_page(viewport={"width": 860, "height": 900})
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: page.problems.append(request.url))
+    labs = "".join(lab_page("kernel_lab", problem(), alt="Tiles of attention.") for _ in range(2))
+    page.set_content(
+        f'<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>{labs}</main></html>'
+    )
+    page.wait_for_function("[...document.querySelectorAll('.n2t-lab')].every((lab) => lab.state)")
+    yield page
+    page.close()
+
+
+def choose(page, order: str, rows: int, columns: int, causal: bool) -> None:
+    page.evaluate(
+        """([order, rows, columns, causal]) => {
+          const lab = document.querySelector(".n2t-lab"), fire = (e, kind) => e.dispatchEvent(new Event(kind));
+          const radio = lab.querySelector(`[value=${order}]`), mask = lab.querySelector("[type=checkbox]");
+          radio.checked = true; fire(radio, "change");
+          mask.checked = causal; fire(mask, "change");
+          for (const [name, value] of [["rows", rows], ["columns", columns]]) {
+            const slider = lab.querySelector(`[data-name=${name}]`);
+            slider.value = value; fire(slider, "input");
+          }
+        }""",
+        [order, rows, columns, causal],
+    )
+
+
+def states(page) -> list[dict]:
+    """Step through the first lab from the start, by its own button, and read its state after each step."""
+    return json.loads(
+        page.evaluate(
+            """() => {
+              const lab = document.querySelector(".n2t-lab"), found = [];
+              const text = (key, x) => x === -Infinity ? "-inf" : x;
+              for (;;) {
+                found.push(JSON.stringify(lab.state, text));
+                if (lab.state.step === lab.state.steps) return `[${found}]`;
+                lab.querySelector("[aria-label='step forward']").click();
+              }
+            }"""
+        )
+    )
+
+
+PLANS = [(3, 3, False), (4, 2, False), (5, 4, False), (6, 3, True), (2, 5, True), (1, 1, True)]
+
+
+@needs_browser
+@pytest.mark.browser
+@pytest.mark.parametrize("order", ["queries", "keys"])
+@pytest.mark.parametrize("rows, columns, causal", PLANS)
+def test_every_step_of_the_kernel_lab_equals_the_package(page, order, rows, columns, causal):
+    choose(page, order, rows, columns, causal)
+    shown = states(page)
+    if order == "queries":
+        expected, memory = queries_outside(rows, columns, causal), SlowMemory()
+        tiled_forward(*qkv(torch.float32), causal, 0.75, memory, (rows, columns))
+        size = 1
+    else:
+        (expected, memory), size = (
+            keys_outside(rows, columns, causal),
+            2,
+        )  # counted in double precision
+    assert len(shown) == len(expected) + 1
+    for seen, state in zip(shown[1:], expected, strict=True):
+        part = slice(*seen["tile"][0])
+        for name in ("m", "ell", "o"):
+            here = torch.tensor(seen[name][part], dtype=torch.float64)
+            torch.testing.assert_close(here, getattr(state, name)[0, 0, 0], rtol=1e-12, atol=1e-12)
+    last, traffic = shown[-1], [shown[-1]["read"] * size, shown[-1]["written"] * size]
+    assert traffic == [memory.read, memory.written]
+    if order == "queries" and not causal:
+        assert last["read"] + last["written"] == tiled_bytes(N, DIM, 4, rows)
+    assert last["plainBytes"] == plain_bytes(N, DIM, 4) and last["error"] < 1e-12
+    exact = plain_attention(*(x[0] for x in qkv()), causal, 0.75)[0, 0]
+    torch.testing.assert_close(
+        torch.tensor(last["output"], dtype=torch.float64), exact, rtol=1e-12, atol=1e-12
+    )
+    scores = tile_scores(*qkv()[:2], (0, N), (0, N), 0 if causal else None, 0.75)[0, 0, 0]
+    if order == "queries":
+        torch.testing.assert_close(
+            torch.tensor(last["lse"], dtype=torch.float64), scores.logsumexp(-1)
+        )
+    assert page.problems == []
+
+
+@needs_browser
+@pytest.mark.browser
+def test_tiles_that_do_not_fit_are_refused_and_the_other_lab_stays_as_it_is(page):
+    before = page.evaluate("JSON.stringify(document.querySelectorAll('.n2t-lab')[1].state)")
+    choose(page, "queries", 12, 4, False)
+    page.locator(".n2t-lab").first.get_by_role("button", name="step forward").click(force=True)
+    state = page.evaluate(
+        "(({fits, held, step}) => [fits, held, step])(document.querySelector('.n2t-lab').state)"
+    )
+    assert state == [False, 2 * 12 * 4 + 2 * 4 * 4 + 12 * 4, 0]
+    assert "make one of them smaller" in page.locator(".n2t-story").first.inner_text()
+    assert page.evaluate("JSON.stringify(document.querySelectorAll('.n2t-lab')[1].state)") == before
+
+
+@needs_browser
+@pytest.mark.browser
+def test_the_lab_works_from_the_keyboard_fits_a_phone_and_everyone(page):
+    from axe_playwright_python.sync_playwright import Axe
+
+    first = page.locator(".n2t-lab").first
+    first.get_by_role("slider", name="tile", exact=True).press("End")
+    assert "Done" in first.locator(".n2t-story").inner_text()
+    first.get_by_role("button", name="play").press("Enter")
+    page.wait_for_function("document.querySelector('.n2t-lab').state.step > 1")
+    first.get_by_role("button", name="pause").press("Enter")
+    for width in (390, 860):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
+
+
+def test_a_lab_without_scripts_shows_its_picture_and_says_what_it_is():
+    page = lab_page(
+        "kernel_lab", {"q": [1.0], "x": "</script>"}, alt='A "tile"', still=plt.figure()
+    )
+    data = re.search(r'<script type="application/json">(.*?)</script>', page, re.S).group(1)
+    assert json.loads(data) == {"q": [1.0], "x": "</script>"}
+    assert 'alt="A &quot;tile&quot;"' in page and "http" not in page and not plt.get_fignums()
+    assert page == lab_page(
+        "kernel_lab", {"x": "</script>", "q": [1.0]}, alt='A "tile"', still=plt.figure()
+    )
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"name": "no_lab"}, ValueError),
+        ({"alt": " "}, ValueError),
+        ({"height": 0}, ValueError),
+        ({"data": {"x": float("nan")}}, ValueError),
+        ({"data": {"x": torch.ones(2)}}, TypeError),
+    ],
+)
+def test_bad_input_is_named(change, error):
+    with pytest.raises(error, match="got|JSON"):
+        lab(**({"name": "kernel_lab", "data": {}, "alt": "x"} | change))
