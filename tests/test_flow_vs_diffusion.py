@@ -982,6 +982,27 @@ def test_what_full_scale_measures_is_what_it_says(experiment_on_digits, monkeypa
     assert results["training images"]["distance"] < first["adaptive"]
 
 
+def test_full_scale_says_where_the_solver_gave_up(experiment_on_digits, monkeypatch):
+    def rough(kind, pixels, **_):
+        def velocity(x, t):
+            if kind == "DDPM" and isinstance(t, torch.Tensor) and (t < 0.2).any():
+                return torch.full_like(x, math.nan)
+            return x
+
+        return None, velocity, 0.0
+
+    monkeypatch.setattr(experiment, "train_kind", rough)
+    monkeypatch.setattr(experiment, "frechet_distance", lambda features, real: 1.0)
+    results, pictures = experiment.full_scale(
+        torch.device("cpu"), seed=3, **SLICE | {"counts": (1,)}
+    )
+    assert "stiff" in results["DDPM"] and not {"bits", "adaptive"} & set(results["DDPM"])
+    assert {"bits", "adaptive"} <= set(results["flow matching"]) and "stiff" not in results[
+        "flow matching"
+    ]
+    assert results["DDPM"]["confidence"] > 0 and len(pictures) == 1
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be"):
         experiment.train_kind("GAN", torch.zeros(2, 1, 4, 4).byte(), steps=1, batch_size=1, width=8)

@@ -44,6 +44,7 @@ def test_the_verdict_follows_from_the_numbers(values, verdict):
             "must not be negative, got -1",
         ),
         ({"paper": 2.0, "ours": 2.0, "tolerance": 1e9}, "says nothing about 2.0"),
+        ({"paper": -2.0, "ours": -2.0, "tolerance": 2.5}, "says nothing about -2.0"),
         ({"paper": 2.0, "ours": [2.0, 2.0], "tolerance": 0.1}, "three seeds"),
         ({"paper": 2.0, "ours": 2.0, "tolerance": 1.0, "source": " "}, "source"),
     ],

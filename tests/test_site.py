@@ -168,6 +168,7 @@ def test_page_works_without_a_network_and_for_everyone(page, name):
     assert page.problems == []
     for theme in ("light", "dark"):
         page.evaluate("theme => { document.documentElement.dataset.theme = theme }", theme)
+        settle(page)  # colors glide
         found = [
             f"{theme}: {v['id']}: {v['help']}\n"
             + "\n".join(f"    {node['html'][:160]}" for node in v["nodes"][:4])
@@ -321,7 +322,7 @@ def test_who_asks_for_little_motion_gets_a_picture_a_second_and_no_gliding(visit
 @pytest.mark.browser
 @every_chapter
 def test_paper_is_white_and_loses_nothing(page, name):
-    """Printed from a dark screen: light, everything unfolded, nothing wider than the sheet; afterwards all as before."""
+    """From a dark screen: a light print, all unfolded, nothing wider than the sheet; afterwards all is as before."""
     state = """() => [document.documentElement.dataset.theme,
       [...document.querySelectorAll("details")].map((e) => e.open),
       [...document.querySelectorAll(".admonition.toggle")].map((e) => e.classList.contains("toggle-hidden"))]"""
@@ -390,6 +391,7 @@ def test_search_finds_a_word_and_leads_to_it(visit):
     link = page.locator("#search-results ul.search li a[href*='02_nice']").first
     link.wait_for()
     link.click()
+    page.wait_for_url("**/02_nice.html*")
     ready(page)
     mark = page.locator(".bd-article .highlighted").first
     mark.wait_for()
