@@ -198,11 +198,12 @@ def test_public_functions_take_the_kernel_where_it_runs(monkeypatch):
     assert taken == ["kernel_attention", "kernel_attention_varlen"]
     for refused in (
         [x.detach().double() for x in (q, k, v)],
-        [torch.zeros(1, 1, 4, 264, device=DEVICE)] * 3,
         [q, k[:, :, :0], v[:, :, :0]],
     ):
         flash_attention(*refused)
-    assert len(taken) == 2, "double precision, wide heads and empty keys are for the tiled version"
+    assert len(taken) == 2, "double precision and empty keys are for the tiled version"
+    with pytest.raises(ValueError, match="at most 256, got 264 and 264"):
+        flash_attention(*[torch.zeros(1, 1, 4, 264, device=DEVICE)] * 3)
 
 
 def test_kernel_is_not_taken_on_a_cpu():

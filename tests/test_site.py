@@ -573,7 +573,7 @@ def test_a_lost_address_leads_back(browser):
     page.goto(
         f"http://127.0.0.1:{server.server_port}{prefix}/book/no/such/page.html", wait_until="load"
     )
-    assert problems == [] and "no such page" in page.locator("h1").inner_text()
+    assert problems == [] and "no such page" in page.locator("article h1").first.inner_text()
     assert (
         page.locator("article").evaluate("e => getComputedStyle(e).fontFamily") != "Times New Roman"
     )
@@ -629,11 +629,8 @@ def test_a_reason_that_several_rows_share_is_said_once():
     ]
     text = _with_reasons_grouped(rows)
     assert text.count("no data") == 1 and text.count("too long") == 1
-    assert [line[-8:-5] for line in text.splitlines() if line.startswith("| x")] == [
-        ": a",
-        ": b",
-        ": a",
-    ]
+    lines = [line for line in text.splitlines() if line.startswith("| x")]
+    assert [re.search(r"\*\*: (\w) \|", line)[1] for line in lines] == ["a", "b", "a"]
 
 
 @pytest.mark.slow

@@ -278,6 +278,11 @@ def finish(app: Sphinx, error: Exception | None) -> None:
     static = site / "_static"
     for path in [*static.rglob("*.map"), *static.glob("vendor/fontawesome/webfonts/*")]:
         path.unlink()  # book.css takes away what the theme draws in these fonts
+    for path in static.rglob("*.css"):
+        styles = path.read_text()
+        kept = re.sub(r"@font-face\s*\{[^}]*Font ?Awesome[^}]*\}", "", styles)
+        if kept != styles:
+            path.write_text(kept)
     # Of MathJax's twelve bundles the pages load one, which finds its extensions in the folders beside it.
     for path in static.glob("mathjax/*.js"):
         if re.match(r"(tex|mml)-(?!chtml\.js)|mml-|latest|node-main", path.name):

@@ -18,8 +18,8 @@ UNSTAMPED = r"ref = \"main\""
 SOURCES = "/blob/main/src/noise2tokens/"  # in the links above the code that a chapter shows
 
 
-def gather(scale: str, site: Path, commit: str, root: Path = inputs.ROOT) -> None:
-    """Bring the folder `site` in line with the repository."""
+def gather(scale: str, site: Path, commit: str, root: Path = inputs.ROOT) -> bool:
+    """Bring the folder `site` in line with the repository; return whether a style or a script has changed."""
     notebooks = root / "book" if scale == "small" else root / "_build" / scale / "book"
     names = [*inputs.pages(root), *map(Path, ("_config.yml", "_toc.yml", "CITATION.cff"))]
     content = {name: (root / name).read_bytes() for name in names}
@@ -35,11 +35,14 @@ def gather(scale: str, site: Path, commit: str, root: Path = inputs.ROOT) -> Non
     for path in [path for path in site.rglob("*") if path.is_file()]:
         if path.relative_to(site) not in content:
             path.unlink()
+    restyled = False
     for name, data in content.items():
         path = site / name
         if not path.exists() or path.read_bytes() != data:
+            restyled |= path.exists() and name.parent.name == "_static"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+    return restyled
 
 
 def render(scale: str, root: Path = inputs.ROOT) -> Path:
@@ -50,9 +53,11 @@ def render(scale: str, root: Path = inputs.ROOT) -> Path:
     """
     build = root / "_build" if scale == "small" else root / "_build" / scale
     site = build / "site"
-    gather(scale, site, _commit(root))
+    restyled = gather(scale, site, _commit(root))
     # Jupyter Book puts its own _build folder under the output path.
     target = root if scale == "small" else build
+    if restyled:  # every page names the version of its styles
+        shutil.rmtree(target / "_build" / ".doctrees", ignore_errors=True)
     command = [
         str(Path(sys.executable).with_name("jupyter-book")),
         "build",

@@ -116,6 +116,11 @@
   document.addEventListener("DOMContentLoaded", () => {
     // docutils marks the bibliography as a list whose entries are no list items, which screen readers stumble over.
     all(".citation-list[role=list]").forEach((list) => list.removeAttribute("role"));
+    all(".citation[role=doc-biblioentry]").forEach((entry) => entry.removeAttribute("role"));
+    // A formula that heads a column is drawn without text; its TeX names it.
+    all("th").filter((head) => head.querySelector(".math")).forEach((head) => {
+      head.setAttribute("aria-label", head.textContent.replace(/\\[()]/g, "").trim());
+    });
     // A table's empty corner heads nothing, and the sidebar's logo and search belong to no part of the page.
     all("th").filter((head) => !head.textContent.trim() && !head.querySelector("img")).forEach((head) => {
       const cell = document.createElement("td");
