@@ -631,29 +631,3 @@ def test_a_reason_that_several_rows_share_is_said_once():
     assert text.count("no data") == 1 and text.count("too long") == 1
     lines = [line for line in text.splitlines() if line.startswith("| x")]
     assert [re.search(r"\*\*: (\w) \|", line)[1] for line in lines] == ["a", "b", "a"]
-
-
-@pytest.mark.slow
-def test_an_edit_of_the_styles_alone_reaches_every_page(tmp_path):
-    from tools import site
-
-    shutil.copytree(
-        ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    shutil.copytree(ROOT / "book" / "_static", tmp_path / "book" / "_static")
-    shutil.copy(ROOT / "CITATION.cff", tmp_path)
-    (tmp_path / "chapters").mkdir()
-    (tmp_path / "book" / "index.md").write_text(
-        "# A front page\n\nIt says enough to be a description of itself.\n"
-    )
-    (tmp_path / "book" / "references.bib").write_text("")
-    (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/index\n")
-    front = site.render("small", tmp_path).parent
-    page = (front / "book" / "index.html").read_text()
-    with (tmp_path / "book" / "_static" / "book.css").open("a") as styles:
-        styles.write("\n.added { color: red; }\n")
-    site.render("small", tmp_path)
-    assert ".added" in (front / "_static" / "book.css").read_text()
-    version = re.compile(r"book\.css\?v=(\w+)")
-    assert version.search(page)[1] != version.search((front / "book" / "index.html").read_text())[1]

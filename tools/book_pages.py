@@ -193,6 +193,11 @@ def on_page(
     app: Sphinx, name: str, template: str, context: dict, doctree: nodes.document | None
 ) -> None:
     """Leave out the scripts of live cells, which Jupyter Book adds (twice) to every page; say what the page is."""
+    context["css_files"] = [
+        style
+        for style in context["css_files"]
+        if "thebe" not in str(getattr(style, "filename", ""))
+    ]
     context["script_files"] = [
         script
         for script in context["script_files"]

@@ -56,8 +56,11 @@ def render(scale: str, root: Path = inputs.ROOT) -> Path:
     restyled = gather(scale, site, _commit(root))
     # Jupyter Book puts its own _build folder under the output path.
     target = root if scale == "small" else build
-    if restyled:  # every page names the version of its styles
-        shutil.rmtree(target / "_build" / ".doctrees", ignore_errors=True)
+    if (
+        restyled
+    ):  # every page names the version of its styles, and Sphinx overwrites no style that is there
+        for folder in (".doctrees", "html"):
+            shutil.rmtree(target / "_build" / folder, ignore_errors=True)
     command = [
         str(Path(sys.executable).with_name("jupyter-book")),
         "build",

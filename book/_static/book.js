@@ -119,7 +119,10 @@
     all(".citation[role=doc-biblioentry]").forEach((entry) => entry.removeAttribute("role"));
     // A formula that heads a column is drawn without text; its TeX names it.
     all("th").filter((head) => head.querySelector(".math")).forEach((head) => {
-      head.setAttribute("aria-label", head.textContent.replace(/\\[()]/g, "").trim());
+      const words = document.createElement("span");
+      words.className = "visually-hidden tex2jax_ignore mathjax_ignore";
+      words.textContent = head.textContent.replace(/\\[()]/g, "").trim();
+      head.append(words);
     });
     // A table's empty corner heads nothing, and the sidebar's logo and search belong to no part of the page.
     all("th").filter((head) => !head.textContent.trim() && !head.querySelector("img")).forEach((head) => {
