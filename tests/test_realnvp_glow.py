@@ -24,7 +24,9 @@ from noise2tokens.nice import (  # noqa: E402
 from noise2tokens.realnvp_glow import experiment  # noqa: E402
 from noise2tokens.realnvp_glow.coupling import (  # noqa: E402
     BOUND,
+    SCALES,
     AffineCoupling,
+    HalfCoupling,
     RealNVP,
     fit_points,
     log_scale,
@@ -60,6 +62,8 @@ CASES = [
     Case("affine-tanh", lambda: AffineCoupling(EVEN5, mlp(5, [8], 10))),
     Case("affine-exp", lambda: AffineCoupling(~EVEN5, mlp(5, [8], 10), "exp")),
     Case("affine-sigmoid", lambda: AffineCoupling(EVEN5, mlp(5, [8], 10), "sigmoid")),
+    Case("half-even", lambda: HalfCoupling(5, "even", [8])),
+    Case("half-odd", lambda: HalfCoupling(5, "odd", [8], "sigmoid")),
     Case("checkerboard", lambda: AffineCoupling(checkerboard((2, 3, 4)), convnet(2, 8, 4))),
     Case("channel-mask", lambda: AffineCoupling(~channel_mask((4, 2, 3)), convnet(4, 8, 8))),
     Case("channel-coupling", coupling),
@@ -256,7 +260,7 @@ def test_log_scales_have_their_bounds_and_start():
 def test_masks_follow_the_grid():
     assert checkerboard((2, 2, 3)).int().tolist() == [[[1, 0, 1], [0, 1, 0]]] * 2
     assert channel_mask((4, 1, 2)).int().tolist() == [[[1, 1]]] * 2 + [[[0, 0]]] * 2
-    assert "keep" not in RealNVP(4, [8]).layers[0].state_dict()
+    assert "keep" not in AffineCoupling(EVEN5, mlp(5, [8], 10)).state_dict()
 
 
 def test_the_kept_part_stays_and_the_network_sees_nothing_else():
@@ -384,9 +388,30 @@ def test_zero_starts():
 
 def test_realnvp_of_vectors_takes_turns():
     flow = RealNVP(5, [8], 3)
-    assert [layer.keep.tolist() for layer in flow.layers] == [
-        (EVEN5 == (i != 1)).tolist() for i in range(3)
-    ]
+    kept = [torch.arange(5)[layer.kept].tolist() for layer in flow.layers]
+    assert kept == [[0, 2, 4], [1, 3], [0, 2, 4]]
+
+
+@pytest.mark.parametrize("keep", ["even", "odd"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_half_coupling_is_the_masked_one_without_what_the_mask_throws_away(keep, scale):
+    fast = off_start(HalfCoupling(5, keep, [8], scale))
+    mask = EVEN5 if keep == "even" else ~EVEN5
+
+    class Padded(nn.Module):
+        def forward(self, x):
+            assert not x[:, ~mask].any()
+            full = torch.full((len(x), 2, 5), torch.nan, dtype=x.dtype)
+            full[:, :, ~mask] = fast.network(x[:, mask]).view(len(x), 2, -1)
+            return full.flatten(1)
+
+    slow, x = AffineCoupling(mask, Padded(), scale), samples(7, 5)
+    for ours, reference in zip(fast(x), slow(x), strict=True):
+        same(ours, reference)
+    same(fast.inverse(x), slow.inverse(x))
+    moved = int((~mask).sum())
+    shapes = [(layer.in_features, layer.out_features) for layer in fast.network[::2]]
+    assert shapes == [(5 - moved, 8), (8, 2 * moved)]
 
 
 def test_realnvp_of_images_alternates_masks_and_every_pixel_is_moved():
@@ -461,6 +486,9 @@ def test_bad_arguments_are_named():
         RealNVP(4, [8], scale="relu")
     with pytest.raises(ValueError, match="got 'relu'"):
         coupling(scale="relu")
+    for dim, keep in ((1, "even"), (4, "first")):
+        with pytest.raises(ValueError, match=f"got dim={dim} and keep='{keep}'"):
+            HalfCoupling(dim, keep, [8])
     with pytest.raises(ValueError, match="got 'relu'"):
         log_scale(torch.zeros(1), "relu")
     with pytest.raises(ValueError, match="even number of channels, got 3"):

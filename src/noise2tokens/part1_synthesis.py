@@ -232,7 +232,7 @@ def train_models(
     budget = {"steps": steps, "batch_size": batch_size}
     vae, gan = PointVAE(2, width=106), GAN(2, 2, width=107)
     nice = NICE(2, [61, 61], couplings=6, prior="gaussian")
-    realnvp = RealNVP(2, [60, 60], couplings=6)
+    realnvp = RealNVP(2, [61, 61], couplings=6)
     denoiser, velocity = TimeMLP(2, width=104), TimeMLP(2, width=104)
     models = Models(vae, gan, nice, realnvp, denoiser, velocity, copy.deepcopy(velocity))
 

@@ -77,6 +77,54 @@ class AffineCoupling(Flow):
         return torch.where(self.keep, y, (y - shift) * (-log_s).exp())
 
 
+class HalfCoupling(Flow):
+    """`AffineCoupling` for a vector whose even or odd coordinates are kept; its network sees nothing but these.
+
+    Args:
+        dim: Number of coordinates, at least 2.
+        keep: Which coordinates stay as they are, "even" (0, 2, ...) or "odd".
+        hidden: Widths of the hidden layers of the network, which starts at zero.
+        scale: As `kind` in `log_scale`.
+
+    Raises:
+        ValueError: If there are fewer than 2 coordinates, `keep` is neither, or the scale is unknown.
+
+    Source: Dinh et al. 2017, section 3.2, equations 4 and 5.
+    """
+
+    def __init__(self, dim: int, keep: str, hidden: Sequence[int], scale: str = "tanh"):
+        super().__init__((dim,))
+        if dim < 2 or keep not in ("even", "odd"):
+            raise ValueError(
+                f'need dim >= 2 and keep "even" or "odd", got dim={dim} and keep={keep!r}'
+            )
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {SCALES}, got {scale!r}")
+        even, odd = slice(0, None, 2), slice(1, None, 2)
+        self.kept, self.moved = (even, odd) if keep == "even" else (odd, even)
+        kept = len(range(dim)[self.kept])
+        self.network, self.scale = start_at_zero(mlp(kept, hidden, 2 * (dim - kept))), scale
+
+    def forward(
+        self, x: Float[Tensor, "batch dim"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch"]]:
+        """Return y and the sum of log s: y_kept = x_kept, y_moved = s · x_moved + t."""
+        self.check_input(x)
+        h, shift = self.network(x[:, self.kept]).chunk(2, dim=1)
+        log_s = log_scale(h, self.scale)
+        y = x.clone()
+        y[:, self.moved] = x[:, self.moved] * log_s.exp() + shift
+        return y, log_s.sum(1)
+
+    def inverse(self, y: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """Subtract the shift and divide by the scale."""
+        self.check_input(y)
+        h, shift = self.network(y[:, self.kept]).chunk(2, dim=1)
+        x = y.clone()
+        x[:, self.moved] = (y[:, self.moved] - shift) * (-log_scale(h, self.scale)).exp()
+        return x
+
+
 class RealNVP(Chain):
     """Affine couplings that take turns on the even and the odd coordinates of a vector.
 
@@ -84,17 +132,14 @@ class RealNVP(Chain):
         dim: Number of coordinates, at least 2.
         hidden: Widths of the hidden layers of each coupling's network.
         couplings: Number of couplings; the first keeps the even coordinates.
-        scale: As in `AffineCoupling`.
+        scale: As in `HalfCoupling`.
 
     Source: Dinh et al. 2017, section 3.5.
     """
 
     def __init__(self, dim: int, hidden: Sequence[int], couplings: int = 8, scale: str = "tanh"):
-        even = torch.arange(dim) % 2 == 0
-        masks = [(even, ~even)[i % 2] for i in range(couplings)]
-        super().__init__(
-            [AffineCoupling(m, start_at_zero(mlp(dim, hidden, 2 * dim)), scale) for m in masks]
-        )
+        turns = [("even", "odd")[i % 2] for i in range(couplings)]
+        super().__init__([HalfCoupling(dim, keep, hidden, scale) for keep in turns])
 
 
 def start_at_zero(network: nn.Sequential) -> nn.Sequential:
