@@ -598,7 +598,7 @@ def test_a_defect_of_our_own_is_not_taken_for_a_missing_backend(monkeypatch):
 
 SLICE = dict(
     lengths=(16,), dims=(8,), tokens=32, width=16, seconds=0.005, gpt2=(1, 2, 512, 16),
-    memory_lengths=(256,), doubling=(16, 32), limit=1e9,
+    memory_lengths=(256,), doubling=(16, 32), limit=1e9, sweep=(),
 )  # fmt: skip
 
 

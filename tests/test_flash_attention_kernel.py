@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import noise2tokens.flash_attention as api  # noqa: E402
 from noise2tokens.flash_attention import flash_attention, flash_attention_varlen  # noqa: E402
 from noise2tokens.flash_attention import kernel as kernels  # noqa: E402
+from noise2tokens.flash_attention.experiment import sweep_tiles  # noqa: E402
 from noise2tokens.flash_attention.kernel import kernel_attention, kernel_attention_varlen  # noqa: E402
 from noise2tokens.flash_attention.tiled import plain_attention, tiled_attention  # noqa: E402
 
@@ -210,10 +211,12 @@ def test_kernel_is_not_taken_on_a_cpu():
     assert not api.kernel_runs_on(torch.device("cpu"))
 
 
-COMPILE = """
-import sys, warnings
+COMPILE = r"""
+import re, subprocess, sys, tempfile, warnings
+from pathlib import Path
 warnings.simplefilter("ignore")
 import triton
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from noise2tokens.flash_attention import kernel as K
@@ -239,6 +242,12 @@ for kernel, tile in zip((K._forward, K._backward_keys, K._backward_queries), til
         target=GPUTarget("cuda", arch, 32),
         options=dict(num_warps=tile.warps, num_stages=tile.stages),
     )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    stack = int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+    assert stack < 100, (kernel.__name__, tile, stack)
     assert compiled.metadata.shared <= shared, (kernel.__name__, tile, compiled.metadata.shared)
     products = "wgmma" if arch == 90 else "mma.sync"
     assert itemsize == 4 or products in compiled.asm["ptx"] or (arch, dim) == (90, 256)
@@ -253,7 +262,8 @@ for kernel, tile in zip((K._forward, K._backward_keys, K._backward_queries), til
     ids=["H100", "A100", "consumer", "single precision"],
 )
 def test_compiles_for_gpus_that_are_not_here(arch, shared, itemsize, dim):
-    """Through PTX to machine code, with the tiles of the table, in the shared memory that the GPU has."""
+    """Through PTX to machine code, with the tiles of the table, in the shared memory that the GPU has, and with next to
+    no registers spilled to its stack."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     numbers = map(str, (arch, shared * 1024, itemsize, dim))
     run = subprocess.run(
@@ -280,3 +290,24 @@ def test_compiled_kernel_gives_the_same_bits_twice():
     x = inputs(2, 4, 2, 700, 700, 64, 64, torch.float16)
     runs = [torch.autograd.grad(flash_attention(*x, causal=True).sum(), x) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.skipif(
+    DEVICE.type != "cpu", reason="what the interpreter takes has no place in a GPU's table"
+)
+def test_a_sweep_measures_each_tile_in_its_kernel_and_leaves_the_table_alone(monkeypatch):
+    table, used = list(kernels.INTERPRETED), []
+    options = kernels._options
+    monkeypatch.setattr(kernels, "_options", lambda tile: used.append(tuple(tile)) or options(tile))
+    candidates = {
+        "forward": [(16, 16, 1, 1), (48, 16, 1, 1)],  # 48: no power of two
+        "backward over keys": [(16, 64, 1, 1)],
+        "backward over queries": [(64, 32, 1, 1)],
+    }
+    found = sweep_tiles(candidates, (1, 2, 40, 16), DEVICE, 0.01)
+    assert list(found) == list(candidates) and kernels.INTERPRETED == table
+    times = found["forward"]["seconds"]
+    assert times["(16, 16, 1, 1)"] > 0 and "power of 2" in times["(48, 16, 1, 1)"]
+    for which, (name, tiles) in enumerate(candidates.items()):
+        assert found[name]["fastest"] == list(tiles[0]) and tiles[0] in used
+        assert found[name]["table"] == list(table[which])

@@ -40,7 +40,7 @@ SLICES: dict[str, dict] = {
     ),
     "08_flash_attention": dict(
         lengths=(16,), dims=(8,), tokens=32, width=16, seconds=0.005, gpt2=(1, 2, 64, 16), memory_lengths=(64,),
-        doubling=(16, 32), limit=1e9,
+        doubling=(16, 32), limit=1e9, sweep=(),
     ),
     "part1_synthesis": dict(seeds=1, steps=3, batch_size=16, pairs=64, test_points=20, samples=50),
 }  # fmt: skip

@@ -6,7 +6,7 @@ must is not rewarded for it. As in the papers, batch times length and heads time
 every length has the same number of tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -219,77 +219,6 @@ def plain_against_ours(
     return found | {"speedup": timings["plain"].ratio}
 
 
-BUDGETS = {
-    "full": {
-        "lengths": (512, 1024, 2048, 4096, 8192, 16_384),
-        "dims": (64, 128),
-        "tokens": 16_384,
-        "width": 2048,
-        "seconds": 0.2,
-        "gpt2": (64, 16, 1024, 64),
-        "memory_lengths": (2048, 4096),
-        "doubling": tuple(2**i for i in range(10, 19)),
-        "limit": 15e9,
-    },
-}
-
-
-def full_scale(
-    device: torch.device,
-    *,
-    seed: int,
-    lengths: Sequence[int],
-    dims: Sequence[int],
-    tokens: int,
-    width: int,
-    seconds: float,
-    gpt2: Sequence[int],
-    memory_lengths: Sequence[int],
-    doubling: Sequence[int],
-    limit: float,
-) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """Time our kernel beside PyTorch's, and find how long a sequence fits into memory.
-
-    Args:
-        device: where to measure; on a GPU it has to be one that the kernel runs on.
-        seed: of the random inputs.
-        lengths, dims, tokens, width, seconds: as for `speed`.
-        gpt2: batch, heads, length and dimension of the setting of Dao et al. 2022, Figure 2.
-        memory_lengths: lengths at which both ways' memory is compared.
-        doubling: lengths to try until memory runs out.
-        limit: bytes of GPU memory that may be used; of no effect on a CPU.
-
-    Returns:
-        "speed", "gpt2", "memory" by length, and "longest" sequences of both ways. A picture of the speeds for each
-        dimension.
-
-    Raises:
-        RuntimeError: if the device is a GPU that the kernel does not run on.
-    """
-    if device.type == "cuda" and not kernel_runs_on(device):
-        raise RuntimeError("the kernel needs a GPU of compute capability 8.0 or more, and Triton")
-    torch.manual_seed(seed)
-    with memory_limit(device, limit):
-        rows = speed(lengths, dims, device, tokens, width, seconds)
-        results = {
-            "speed": rows,
-            "gpt2": plain_against_ours(*gpt2, device, 5 * seconds),
-            "memory": {
-                str(n): plain_against_ours(2, 16, n, 64, device, seconds) for n in memory_lengths
-            },
-            "longest": {
-                name: longest(attention, doubling, 64, device)
-                for name, attention in (("plain", plain_attention), ("ours", flash_attention))
-            },
-        }
-    figures = {}
-    for dim in dims:
-        figure = plt.figure(figsize=(9, 3))
-        draw_speed(rows, dim, figure)
-        figures[f"Operations of the algorithm per second, head dimension {dim}"] = figure
-    return results, figures
-
-
 def fastest_tile(
     tiles: Sequence[Any], seconds_of: Callable[[Any], float]
 ) -> tuple[Any, dict[str, float | str]]:
@@ -319,3 +248,141 @@ def fastest_tile(
     if best is None:
         raise RuntimeError(f"no tile runs: {found}")
     return best, found
+
+
+# What to try for each kernel, as (queries, keys, warps, stages): the entries of the table and their neighbors.
+CANDIDATES: dict[str, list[tuple[int, int, int, int]]] = {
+    "forward": [
+        (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 3),
+        (64, 64, 4, 3), (128, 32, 4, 4),
+    ],
+    "backward over keys": [
+        (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (32, 128, 4, 3), (64, 64, 8, 3), (64, 64, 4, 2),
+        (128, 128, 8, 2), (32, 64, 4, 3),
+    ],
+    "backward over queries": [
+        (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2),
+        (128, 32, 4, 3), (128, 128, 8, 2),
+    ],
+}  # fmt: skip
+
+
+def sweep_tiles(
+    candidates: Mapping[str, Sequence[Sequence[int]]],
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    seconds: float,
+) -> dict[str, dict[str, Any]]:
+    """Time the three kernels with one tile after another, under a causal mask.
+
+    Args:
+        candidates: tiles to try, as `CANDIDATES`.
+        shape: batch, heads, length and dimension.
+        device: where; the kernels must run there.
+        seconds: how long each is measured, about.
+
+    Returns:
+        For each kernel the "fastest" tile, the one in the "table", and "seconds" (or a reason) for each tried: of the
+        forward pass, or of a whole backward pass in which one of the two kernels has that tile.
+    """
+    from noise2tokens.flash_attention import kernel
+
+    q, k, v, grad = qkv_and_grad(*shape, device)
+    attention = partial(kernel.kernel_attention, q, k, v, True, shape[-1] ** -0.5)
+    found = {}
+    for which, (name, tiles) in enumerate(candidates.items()):
+
+        def seconds_of(tile: Sequence[int], which: int = which) -> float:
+            with kernel.tried(q, v, which, kernel.Tile(*tile)):
+                if which == 0:
+                    run = attention
+                else:
+                    o, _ = attention()
+                    run = partial(torch.autograd.grad, o, (q, k, v), grad, retain_graph=True)
+                return compare({"run": run}, device=device, seconds=seconds, rounds=5)[
+                    "run"
+                ].seconds
+
+        best, times = fastest_tile([tuple(tile) for tile in tiles], seconds_of)
+        table = list(kernel._tiles(q, v)[which])
+        found[name] = {"fastest": list(best), "table": table, "seconds": times}
+    return found
+
+
+BUDGETS = {
+    "full": {
+        "lengths": (512, 1024, 2048, 4096, 8192, 16_384),
+        "dims": (64, 128),
+        "tokens": 16_384,
+        "width": 2048,
+        "seconds": 0.2,
+        "gpt2": (64, 16, 1024, 64),
+        "memory_lengths": (2048, 4096),
+        "doubling": tuple(2**i for i in range(10, 19)),
+        "limit": 15e9,
+        "sweep": ((4, 32, 4096, 64), (4, 16, 4096, 128)),
+    },
+}
+
+
+def full_scale(
+    device: torch.device,
+    *,
+    seed: int,
+    lengths: Sequence[int],
+    dims: Sequence[int],
+    tokens: int,
+    width: int,
+    seconds: float,
+    gpt2: Sequence[int],
+    memory_lengths: Sequence[int],
+    doubling: Sequence[int],
+    limit: float,
+    sweep: Sequence[Sequence[int]],
+) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """Time our kernel beside PyTorch's, and find how long a sequence fits into memory.
+
+    Args:
+        device: where to measure; on a GPU it has to be one that the kernel runs on.
+        seed: of the random inputs.
+        lengths, dims, tokens, width, seconds: as for `speed`.
+        gpt2: batch, heads, length and dimension of the setting of Dao et al. 2022, Figure 2.
+        memory_lengths: lengths at which both ways' memory is compared.
+        doubling: lengths to try until memory runs out.
+        limit: bytes of GPU memory that may be used; of no effect on a CPU.
+        sweep: shapes at which to try tiles, where the kernel runs; see `sweep_tiles`.
+
+    Returns:
+        "tiles" by dimension, "speed", "gpt2", "memory" by length, and "longest" sequences of both ways. A picture of
+        the speeds for each dimension.
+
+    Raises:
+        RuntimeError: if the device is a GPU that the kernel does not run on.
+    """
+    if device.type == "cuda" and not kernel_runs_on(device):
+        raise RuntimeError("the kernel needs a GPU of compute capability 8.0 or more, and Triton")
+    torch.manual_seed(seed)
+    with memory_limit(device, limit):
+        tiles = {}
+        if kernel_runs_on(device):
+            for shape in sweep:
+                tiles[str(shape[-1])] = sweep_tiles(CANDIDATES, tuple(shape), device, seconds)
+        rows = speed(lengths, dims, device, tokens, width, seconds)
+        results = {
+            "tiles": tiles,
+            "speed": rows,
+            "gpt2": plain_against_ours(*gpt2, device, 5 * seconds),
+            "memory": {
+                str(n): plain_against_ours(2, 16, n, 64, device, seconds) for n in memory_lengths
+            },
+            "longest": {
+                name: longest(attention, doubling, 64, device)
+                for name, attention in (("plain", plain_attention), ("ours", flash_attention))
+            },
+        }
+    figures = {}
+    for dim in dims:
+        figure = plt.figure(figsize=(9, 3))
+        draw_speed(rows, dim, figure)
+        figures[f"Operations of the algorithm per second, head dimension {dim}"] = figure
+    return results, figures
