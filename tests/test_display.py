@@ -278,13 +278,14 @@ def test_an_animation_holds_its_frames_and_needs_no_network(shown):
     def draw(i, figure):
         figure.subplots().plot([0, i])
 
-    animate(draw, 3, alt='A "rising" line', captions=["a <b>", "second", "third"])
+    animate(draw, 3, alt='A "rising" line', captions=["first", "second", "a <b>"])
     page = shown[0][0].data
     data = json.loads(
         re.search(r'<script type="application/json">(.*?)</script>', page, re.S).group(1)
     )
-    assert len(set(data["pictures"])) == 3 and data["captions"] == ["a <b>", "second", "third"]
+    assert len(set(data["pictures"])) == 3 and data["captions"] == ["first", "second", "a <b>"]
     assert 'alt="A &quot;rising&quot; line"' in page and "a &lt;b&gt;" in page
+    assert f'<img src="{data["pictures"][-1]}"' in page and "<output>3 / 3</output>" in page
     assert "http" not in page
     assert len(plt.get_fignums()) == 0
 

@@ -1,11 +1,12 @@
 """What the build adds to a chapter's text."""
 
+import base64
 import copy
 
 import nbformat
 import pytest
 
-from tools import page
+from tools import page, site
 
 CHAPTERS = ["01_one", "02_two", "03_three", "05_five", "part1_synthesis"]
 
@@ -115,3 +116,22 @@ def test_the_card_is_one_line():
         page.card({"Builds on": "a", "runs in": "b"})
         == '<small class="n2t-card">Builds on a · runs in b</small>'
     )
+
+
+def test_a_cell_that_computes_is_not_folded_for_its_first_line():
+    assert page._imports_only("import torch\nfrom a import b\n\nb()")
+    assert not page._imports_only("import torch\nx = torch.ones(3)")
+    assert not page._imports_only("x = 1") and not page._imports_only("")
+
+
+def test_a_finished_page_has_its_pictures_once_as_files_and_numbers_before_titles(tmp_path):
+    (tmp_path / "book").mkdir()
+    data = base64.b64encode(b"a picture").decode()
+    source = f'<img src="data:image/webp;base64,{data}"><script>["data:image/webp;base64,{data}"]'
+    source += "</script><p>Exercise (6.1 Where (and why))</p><p>Exercise (yours)</p>"
+    done = site.finish(source, tmp_path / "_images")
+    (picture,) = (tmp_path / "_images").iterdir()
+    assert picture.read_bytes() == b"a picture" and done.count(f"../_images/{picture.name}") == 2
+    assert "data:image" not in done and picture.suffix == ".webp"
+    assert "<p>Exercise 6.1 (Where (and why))</p><p>Exercise (yours)</p>" in done
+    assert site.finish(done, tmp_path / "_images") == done

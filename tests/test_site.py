@@ -268,19 +268,20 @@ def test_animations_play_pause_and_step(page, name):
     assert players.count() >= 1
     for player in players.all():
         picture, count = player.locator("img"), player.locator("output").first
-        first, total = picture.get_attribute("src"), int(count.inner_text().split("/")[1])
+        last, total = picture.get_attribute("src"), int(count.inner_text().split("/")[1])
         assert total >= 3 and len(picture.get_attribute("alt").split()) >= 5
+        assert count.inner_text() == f"{total} / {total}"  # at rest it shows the end
         player.get_by_role("button", name="step forward").click()
-        assert count.inner_text() == f"2 / {total}" and picture.get_attribute("src") != first
+        assert count.inner_text() == f"1 / {total}" and picture.get_attribute("src") != last
         player.get_by_role("button", name="step back").click()
-        assert picture.get_attribute("src") == first
+        assert picture.get_attribute("src") == last
         signs = player.locator(".n2t-play, .n2t-pause")
         assert [sign.is_visible() for sign in signs.all()] == [True, False]
         player.get_by_role("button", name="play").click()
         assert [sign.is_visible() for sign in signs.all()] == [False, True]
         page.wait_for_function(
             "([span, was]) => span.textContent !== was",
-            arg=[count.element_handle(), f"1 / {total}"],
+            arg=[count.element_handle(), f"{total} / {total}"],
         )
         player.get_by_role("button", name="pause").click()
         shown = count.inner_text()
@@ -307,7 +308,8 @@ def test_who_asks_for_little_motion_gets_a_picture_a_second_and_no_gliding(visit
           setTimeout(() => { player.querySelector("[aria-label=pause]").click(); done(changes); }, 2400);
         })"""
     )
-    assert len(counts) == 2 and counts[0] > 900, counts
+    # From the last frame it goes to the first at once.
+    assert len(counts) == 3 and counts[1] - counts[0] > 900, counts
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
     assert (
         page.evaluate(
@@ -354,6 +356,25 @@ def test_paper_is_white_and_loses_nothing(page, name):
 @needs_browser
 @pytest.mark.browser
 @every_chapter
+def test_set_up_is_one_fold_and_exercises_have_numbers(page, name):
+    folds = page.locator(".cell.tag_preamble")
+    assert folds.count() == 1 and folds.locator("details").count() == 1
+    assert folds.locator("summary").inner_text() == "show set-up and imports"
+    code = folds.locator(".cell_input")
+    assert code.count() >= 3 and not code.first.is_visible()
+    folds.locator("summary").click()
+    assert all(cell.is_visible() for cell in code.all())
+    folds.locator("summary").click()
+    titles = page.locator("div.exercise > .admonition-title").all_inner_texts()
+    number = int(Path(name).name[:2])
+    assert len(titles) >= 3
+    for i, title in enumerate(titles, 1):
+        assert re.fullmatch(rf"Exercise {number}\.{i} \(.+\)", title.strip()), title
+
+
+@needs_browser
+@pytest.mark.browser
+@every_chapter
 def test_the_title_of_a_solution_opens_it(page, name):
     solution = page.locator(".admonition.solution.toggle").first
     title, address = solution.locator("> .admonition-title"), page.url
@@ -370,11 +391,13 @@ def test_the_title_of_a_solution_opens_it(page, name):
 @pytest.mark.browser
 @every_chapter
 def test_a_chapter_loads_little_and_shows_sharp_figures(page, name):
-    small = {path: size for path, size in page.loaded.items() if not path.endswith(".png")}
+    pictures = (".png", ".webp")
+    small = {path: size for path, size in page.loaded.items() if not path.endswith(pictures)}
     assert page.loaded["_static/scripts/fontawesome.js"] < 20_000
     assert not any("thebe" in path or "webfonts" in path for path in page.loaded)
     assert "thebe" not in (SITE / name).read_text().lower()
-    assert sum(small.values()) < 3_500_000, sorted(small.items(), key=lambda item: -item[1])[:5]
+    assert "data:image" not in (SITE / name).read_text()  # a picture is a file, and there once
+    assert sum(small.values()) < 3_000_000, sorted(small.items(), key=lambda item: -item[1])[:5]
     icons = page.locator(".article-header-buttons svg path")
     assert icons.count() >= 5
     soft = page.evaluate(
@@ -393,8 +416,7 @@ def test_search_finds_a_word_and_leads_to_it(visit):
     link.click()
     page.wait_for_url("**/02_nice.html*")
     ready(page)
-    mark = page.locator(".bd-article .highlighted").first
-    mark.wait_for()
+    page.locator(".bd-article .highlighted").first.wait_for(state="attached")
     page.wait_for_function("document.activeElement.classList.contains('highlighted')")
     focused = page.locator(".bd-article .highlighted:focus")
     top = focused.bounding_box()["y"]

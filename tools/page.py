@@ -6,6 +6,7 @@ or show sources, gives figures and exercises the chapter's number, and makes lin
 function of the chapter's text and its outputs, so that a page can be made again and compared.
 """
 
+import ast
 import re
 from html import unescape
 from typing import Any
@@ -120,7 +121,7 @@ def fold(notebook: NotebookNode) -> None:
         if cell.cell_type != "code":
             continue
         tags, lines = cell.metadata.setdefault("tags", []), cell.source.strip().splitlines()
-        setup = {"setup", "parameters"} & set(tags) or _imports_only(lines)
+        setup = {"setup", "parameters"} & set(tags) or _imports_only(cell.source)
         if lines and cell.source.strip().startswith("show_source(") and _one_call(cell.source):
             _tag(cell, "remove-input")
         elif (
@@ -142,13 +143,19 @@ def _tag(cell: NotebookNode, tag: str) -> None:
         cell.metadata["tags"] = [*cell.metadata["tags"], tag]
 
 
-def _imports_only(lines: list[str]) -> bool:
-    return bool(lines) and lines[0].startswith(("import ", "from "))
+def _imports_only(source: str) -> bool:
+    """Whether a cell imports, and beyond that at most calls what it imported, such as `use_style()`."""
+    if not source.startswith(("import ", "from ")):
+        return False
+    imports = (ast.Import, ast.ImportFrom)
+    return all(
+        isinstance(node, imports)
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+        for node in ast.parse(source).body
+    )
 
 
 def _one_call(source: str) -> bool:
-    import ast
-
     body = ast.parse(source).body
     return len(body) == 1 and isinstance(body[0], ast.Expr)
 

@@ -5,6 +5,9 @@ notebooks' setup cells and links to code are given the commit that they belong t
 with warnings as errors. Files that did not change are not touched, so that only pages that did are rendered.
 """
 
+import base64
+import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +77,37 @@ def render(scale: str, root: Path = inputs.ROOT) -> Path:
         # Sphinx warns about a page only when it reads it: without this the next run would find nothing wrong.
         shutil.rmtree(target / "_build" / ".doctrees", ignore_errors=True)
         raise
-    return target / "_build" / "html" / "index.html"
+    html = target / "_build" / "html"
+    for path in html.glob("book/*.html"):
+        text = path.read_text()
+        if (done := finish(text, html / "_images")) != text:
+            path.write_text(done)
+    return html / "index.html"
+
+
+INLINE = re.compile(r"data:image/(png|webp);base64,([A-Za-z0-9+/=]+)")
+NUMBERED = re.compile(r"(Exercise) \((\d+\.\d+) (.*?)\)(?=</(?:p|a)>)")
+
+
+def finish(page: str, images: Path) -> str:
+    """Take the pictures out of a page and keep each once, as a file; set the numbers of exercises before their titles.
+
+    Notebooks hold the frames of an animation inside, since on Colab there are no files beside them; a page that shows
+    an animation twice would carry it twice.
+
+    Args:
+        page: HTML of a page one folder below `images`'s parent.
+        images: Folder for the pictures.
+    """
+
+    def keep(match: re.Match) -> str:
+        data = base64.b64decode(match[2])
+        name = f"{hashlib.sha256(data).hexdigest()[:24]}.{match[1]}"
+        images.mkdir(exist_ok=True)
+        (images / name).write_bytes(data)
+        return f"../{images.name}/{name}"
+
+    return NUMBERED.sub(r"\1 \2 (\3)", INLINE.sub(keep, page))
 
 
 def _commit(root: Path) -> str:

@@ -135,6 +135,18 @@
     sidebar?.setAttribute("aria-label", "The book");
     // The name of a folded cell is what it shows.
     all("details.hide > summary[aria-label]").forEach((summary) => summary.removeAttribute("aria-label"));
+    // What only sets up is one fold, not one for each cell.
+    const [first, ...more] = all(".bd-article .cell.tag_preamble");
+    if (first) {
+      const fold = first.querySelector("details");
+      for (const cell of more) {
+        fold.append(...all(".cell_input", cell));
+        cell.remove();
+      }
+      const [closed, open] = all("summary > p", fold);
+      closed.textContent = "show set-up and imports";
+      open.textContent = "hide set-up and imports";
+    }
     // The title of a folded solution opens it, wherever it is clicked.
     for (const title of all(".admonition.dropdown > .admonition-title, .admonition.toggle > .admonition-title")) {
       all("a", title).forEach((link) => link.replaceWith(...link.childNodes));

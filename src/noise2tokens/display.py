@@ -548,13 +548,13 @@ def _player(
     )
     page = (Path(__file__).parent / "templates" / "player.html").read_text(encoding="utf-8")
     values = {
-        "first": pictures[0],
+        "still": pictures[-1],
         "alt": html.escape(alt, quote=True),
         "width": str(size[0]),
         "height": str(size[1]),
         "last": str(len(pictures) - 1),
         "frames": str(len(pictures)),
-        "caption": html.escape(captions[0]),
+        "caption": html.escape(captions[-1]),
         "data": data,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page).rstrip()
