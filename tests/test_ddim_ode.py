@@ -134,6 +134,30 @@ def test_sub_sequences_are_those_of_diffusers(spacing, counts):
         assert sub_sequence(1000, count, spacing) == [*(peer.timesteps + 1).tolist(), 0]
 
 
+def test_trailing_differs_from_diffusers_by_rounding_alone():
+    """Where T - kT/K lies halfway between two steps, rounding errors decide; and they may add a step at the end."""
+    peer, longer = scheduler(timestep_spacing="trailing"), []
+    for count in range(1, 1001):
+        peer.set_timesteps(count)
+        theirs, ours = (peer.timesteps + 1).tolist(), sub_sequence(1000, count)
+        if len(theirs) > count:
+            longer.append(count)
+        for k, (a, b) in enumerate(zip(theirs, ours[:-1], strict=False)):
+            halfway = (2000 * (count - k)) % (2 * count) == count
+            assert a == b or (abs(a - b) == 1 and halfway)
+    assert 61 in longer and len(longer) < 100
+
+
+def test_the_trailing_steps_of_diffusers_do_not_end_where_it_goes_on():
+    peer = scheduler(timestep_spacing="trailing")
+    peer.set_timesteps(7)
+    steps, reached = sub_sequence(1000, 7), [858, 715, 572, 429, 287, 144, 1]
+    assert steps == [1000, 857, 714, 571, 429, 286, 143, 0] == [*(peer.timesteps + 1).tolist(), 0]
+    x, eps = samples(4, 3), samples(4, 3, seed=1)
+    for timestep, n, level in zip(peer.timesteps, steps, reached, strict=False):
+        close(peer.step(eps, timestep, x).prev_sample, ddim_step(LINEAR, x, eps, n, level))
+
+
 def test_linspace_visits_what_diffusers_visits_but_goes_to_where_it_is_next():
     peer = scheduler(timestep_spacing="linspace")
     peer.set_timesteps(10)

@@ -22,12 +22,12 @@ def sub_sequence(total: int, count: int, spacing: str = "trailing") -> list[int]
 
     Args:
         total: Number T of steps of the chain.
-        count: Number S of evaluations of the network.
-        spacing: "trailing" starts at T, and its last evaluation is at about T/S. "leading" ends with an evaluation
-            at 1, and starts at T - T/S + 1, below the noise. "linspace" has both ends, and no step of size T/S.
+        count: Number K of evaluations of the network.
+        spacing: "trailing" starts at T, and its last evaluation is at about T/K. "leading" ends with an evaluation
+            at 1, and starts at T - T/K + 1, below the noise. "linspace" has both ends, and no step of size T/K.
 
     Returns:
-        S + 1 falling steps. The last is 0, where nothing is evaluated.
+        K + 1 falling steps. The last is 0, where nothing is evaluated.
 
     Raises:
         ValueError: If the spacing is unknown, or count is not in 1..T (2..T for linspace).
@@ -79,8 +79,8 @@ def posterior_std(schedule: NoiseSchedule, n: int, s: int) -> float:
 
     Source: Song et al. 2021 (DDIM), equation 16 with η = 1.
     """
-    now, later = schedule.alpha_bar[n].item(), schedule.alpha_bar[s].item()
-    return ((1 - later) / (1 - now) * (1 - now / later)) ** 0.5
+    bar_n, bar_s = schedule.alpha_bar[n].item(), schedule.alpha_bar[s].item()
+    return ((1 - bar_s) / (1 - bar_n) * (1 - bar_n / bar_s)) ** 0.5
 
 
 def ddim_step(
@@ -125,14 +125,14 @@ def ddim_step(
         raise ValueError(f"eta must lie in [0, 1], and be 1 for wide noise, got {eta}")
     if eta > 0 and (noise is None or s > n):
         raise ValueError(f"eta > 0 needs noise and a way down, got steps {n} and {s}")
-    now, later = schedule.alpha_bar[n].item(), schedule.alpha_bar[s].item()
-    x0 = (x - (1 - now) ** 0.5 * eps) / now**0.5
+    bar_n, bar_s = schedule.alpha_bar[n].item(), schedule.alpha_bar[s].item()
+    x0 = (x - (1 - bar_n) ** 0.5 * eps) / bar_n**0.5
     if clip:
         x0 = x0.clamp(-1, 1)
     sigma = eta * posterior_std(schedule, n, s) if eta > 0 else 0.0
-    mean = later**0.5 * x0 + (1 - later - sigma**2) ** 0.5 * eps
+    mean = bar_s**0.5 * x0 + (1 - bar_s - sigma**2) ** 0.5 * eps
     if wide and s > 0:
-        sigma = (1 - now / later) ** 0.5
+        sigma = (1 - bar_n / bar_s) ** 0.5
     return mean + sigma * noise if eta > 0 else mean
 
 

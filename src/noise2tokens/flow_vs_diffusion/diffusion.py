@@ -103,10 +103,10 @@ def posterior(
 
     Source: Ho et al. 2020, equations 6 and 7.
     """
-    now, before = schedule.at(n, x0), schedule.at(n - 1, x0)
-    alpha = now / before
-    mean = (before.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - before) * x) / (1 - now)
-    return mean, (1 - before) / (1 - now) * (1 - alpha)
+    bar_n, bar_s = schedule.at(n, x0), schedule.at(n - 1, x0)
+    alpha = bar_n / bar_s
+    mean = (bar_s.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - bar_s) * x) / (1 - bar_n)
+    return mean, (1 - bar_s) / (1 - bar_n) * (1 - alpha)
 
 
 def eps_loss(
