@@ -22,6 +22,7 @@ help:
 	@echo "make lab CHAPTER=02_nice    edit a chapter in JupyterLab"
 	@echo "make new CHAPTER=07_vq_vae  lay out a chapter; make chapter CHAPTER=... executes and renders one"
 	@echo "make record CHAPTER=02_nice SCALE=long    one chapter's long or full run, without its notebook"
+	@echo "make speed                  time the code beside other libraries, for the page that says how it compares"
 	@echo "make records SCALE=full     keep the records of the last run of the whole book at a scale"
 	@echo "make lock [UPGRADE=1]       resolve the lock files; with UPGRADE all versions anew"
 	@echo "make clean                  remove what was made"
@@ -80,6 +81,11 @@ chapter: venv
 
 record: venv
 	$(BIN)/python -m tools.records run $(CHAPTER) $(SCALE)
+
+# Ours beside the libraries that the tests hold it against; a page of the book shows the record.
+.PHONY: speed
+speed: venv
+	OMP_NUM_THREADS=1 $(BIN)/python tests/speed.py
 
 records: venv
 	@$(BIN)/python -m tools.records keep $(SCALE)

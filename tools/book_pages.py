@@ -1,9 +1,9 @@
 """Sphinx extension: what the site is given beside its chapters.
 
-Pages that are collected from the executed notebooks and from CITATION.cff (`{ledger}`, `{run-times}`, `{citation}`),
-so that they cannot say anything that no run has said; what search engines and shared links show (a description, a
-card, a map of the site); a page for addresses that lead nowhere; and less to load: the theme's icons without the two
-thousand that no page shows, and no scripts of live cells.
+Pages that are collected from the executed notebooks, a record and CITATION.cff (`{ledger}`, `{run-times}`, `{speed}`,
+`{citation}`), so that they cannot say anything that no run has said; what search engines and shared links show (a
+description, a card, a map of the site); a page for addresses that lead nowhere; and less to load: the theme's icons
+without the two thousand that no page shows, and no scripts of live cells.
 
 What needs the site's public address is made where `html: baseurl` in _config.yml names it, and left out otherwise.
 """
@@ -115,6 +115,24 @@ def run_times(folder: Path) -> str:
     return "\n".join([*lines, f"| **All** | **{total:.0f}** | | | | |"])
 
 
+def speed(folder: Path) -> str:
+    """Write the table of our times over those of other libraries, and where it comes from, as Markdown."""
+    from noise2tokens.records import load_record
+
+    record = load_record("speed", "long", folder)
+    if record is None:
+        return "Not measured yet."
+    lines = ["| What | Against | Ours / theirs | Ours (ms) |", "|---|---|---:|---:|"]
+    for row in record.results["cases"]:
+        chapter = (
+            f"[{int(row['chapter'][:2])}](/book/{row['chapter']}.ipynb): " if row["chapter"] else ""
+        )
+        lines.append(
+            f"| {chapter}{row['what']} | {row['library']} | {row['ratio']:.2f} | {row['milliseconds']:.3g} |"
+        )
+    return "\n".join([*lines, "", record.provenance()])
+
+
 def citation(path: Path) -> str:
     """Write how to cite the book, in words and as BibTeX, from CITATION.cff."""
     cff = yaml.safe_load(path.read_text())
@@ -143,7 +161,7 @@ class Collected(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         folder = Path(self.env.srcdir) / "book"
-        for path in folder.glob("*.ipynb"):
+        for path in [*folder.glob("*.ipynb"), *folder.glob("*.json")]:
             self.env.note_dependency(str(path))
         return self.parse_text_to_nodes(self.collect(folder), allow_section_headings=True)
 
@@ -154,6 +172,10 @@ class LedgerDirective(Collected):
 
 class RunTimesDirective(Collected):
     collect = staticmethod(run_times)
+
+
+class SpeedDirective(Collected):
+    collect = staticmethod(speed)
 
 
 class CitationDirective(SphinxDirective):
@@ -393,6 +415,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("n2t_own_files", "", "html")
     app.add_directive("ledger", LedgerDirective)
     app.add_directive("run-times", RunTimesDirective)
+    app.add_directive("speed", SpeedDirective)
     app.add_directive("citation", CitationDirective)
     app.connect("config-inited", note_own_files)
     app.connect("doctree-read", mark_tables)

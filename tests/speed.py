@@ -1,0 +1,270 @@
+"""How fast the book's code is beside the libraries that its tests hold it against: python tests/speed.py (make speed).
+
+Each case makes two calls that do the same work, the library's and ours; `test_speed.py` checks that they do. All are
+timed in one process on one thread, in alternating rounds, and what is reported is the ratio of our time to theirs.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from noise2tokens import records
+from noise2tokens.benchmark import compare
+from noise2tokens.ddim_ode.sampling import ddim_sample, sub_sequence
+from noise2tokens.distribution_transforms.distances import optimal_pairs, sliced_wasserstein
+from noise2tokens.flow_vs_diffusion.cnf import draw_probe, log_likelihood
+from noise2tokens.flow_vs_diffusion.diffusion import NoiseSchedule
+from noise2tokens.flow_vs_diffusion.integrators import dormand_prince
+from noise2tokens.networks import TimeMLP
+from noise2tokens.nice import Chain
+from noise2tokens.realnvp_glow.coupling import RealNVP
+from noise2tokens.realnvp_glow.multiscale import glow_step, initialize
+from noise2tokens.transformer import Config, Decoder, generate, next_token_loss
+
+Calls = dict[str, Callable[[], Any]]
+CASES: dict[tuple[str, str], Callable[[], Calls]] = {}
+
+
+def case(chapter: str, what: str, *arguments) -> Callable:
+    """Register a function that makes {"library": call, "ours": call}; both return tensors or numbers that agree."""
+
+    def register(make: Callable[..., Calls]) -> Callable[..., Calls]:
+        CASES[chapter, what] = lambda: make(*arguments)
+        return make
+
+    return register
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
+    """A step of gradient descent with Adam, which returns the loss."""
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step() -> float:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    return step
+
+
+@case("01_distribution_transforms", "sliced Wasserstein distance, 2000 points in 64 dimensions")
+def sliced() -> Calls:
+    import ot
+
+    x, y = torch.randn(2000, 64), 1.5 * torch.randn(2000, 64)
+    return {
+        "POT": lambda: ot.sliced_wasserstein_distance(x, y, n_projections=200),
+        "ours": lambda: sliced_wasserstein(x, y, 200),
+    }
+
+
+@case("03_realnvp_glow", "RealNVP, a training step, 64 dimensions", 64, 128)
+@case("03_realnvp_glow", "RealNVP, a training step, 784 dimensions", 784, 256)
+def realnvp(dim: int, width: int) -> Calls:
+    import normflows
+    import zuko
+
+    x = torch.randn(256, dim)
+    ours = RealNVP(dim, [width, width], 6)
+    theirs = zuko.flows.RealNVP(dim, transforms=6, hidden_features=(width, width), randmask=False)
+    for (
+        transform
+    ) in theirs.transform.transforms:  # it starts from the identity, as the two others do
+        nn.init.zeros_(transform.hyper[-1].weight)
+        nn.init.zeros_(transform.hyper[-1].bias)
+    layers = []
+    for _ in range(6):
+        network = normflows.nets.MLP([dim // 2, width, width, dim], init_zeros=True)
+        layers += [
+            normflows.flows.AffineCouplingBlock(network),
+            normflows.flows.Permute(dim, "swap"),
+        ]
+    others = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(dim), layers)
+    return {
+        "zuko": training_step(theirs, lambda: -theirs().log_prob(x).mean()),
+        "normflows": training_step(others, lambda: others.forward_kld(x)),
+        "ours": training_step(ours, lambda: -ours.log_prob(x).mean()),
+    }
+
+
+@case("03_realnvp_glow", "Glow, a training step of four steps of flow, 4×16×16")
+def glow() -> Calls:
+    import normflows
+
+    x = torch.randn(32, 4, 16, 16)
+    ours = Chain([layer for _ in range(4) for layer in glow_step((4, 16, 16), 64)])
+    initialize(ours, x)
+    layers = [normflows.flows.GlowBlock(4, 64, use_lu=True) for _ in range(4)]
+    base = normflows.distributions.DiagGaussian((4, 16, 16), trainable=False)
+    theirs = normflows.NormalizingFlow(base, layers)
+    theirs.forward_kld(x)  # its normalizations start from data, too
+    return {
+        "normflows": training_step(theirs, lambda: theirs.forward_kld(x)),
+        "ours": training_step(ours, lambda: -ours.log_prob(x).mean()),
+    }
+
+
+@case("04_flow_vs_diffusion", "adaptive solver, 512 points in 2 dimensions")
+def adaptive() -> Calls:
+    from torchdiffeq import odeint
+
+    network, x = TimeMLP(2, width=128), torch.randn(512, 2)
+    times = torch.tensor([0.0, 1.0])
+
+    @torch.no_grad()
+    def theirs() -> Tensor:
+        return odeint(lambda t, y: network(y, t.expand(len(y))), x, times, rtol=1e-5, atol=1e-5)[-1]
+
+    @torch.no_grad()
+    def ours() -> Tensor:
+        return dormand_prince(network, x, 0, 1).x
+
+    return {"torchdiffeq": theirs, "ours": ours}
+
+
+@case("04_flow_vs_diffusion", "likelihood of a flow, exact divergence, 2 dimensions", 2, 512, True)
+@case("04_flow_vs_diffusion", "likelihood of a flow, exact divergence, 64 dimensions", 64, 64, True)
+@case(
+    "04_flow_vs_diffusion",
+    "likelihood of a flow, Hutchinson's estimate, 64 dimensions",
+    64,
+    64,
+    False,
+)
+def likelihood(dim: int, n: int, exact: bool) -> Calls:
+    from torchdiffeq import odeint
+
+    network, x = TimeMLP(dim, width=128), torch.randn(n, dim)
+    probe = draw_probe(x)
+
+    def rate(t: Tensor, state: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = state[:, :-1].detach().requires_grad_()
+            v = network(y, t.expand(n))
+            if exact:
+                columns = [
+                    torch.autograd.grad(v[:, i].sum(), y, retain_graph=True)[0][:, i]
+                    for i in range(dim)
+                ]
+                divergence = torch.stack(columns).sum(0)
+            else:
+                divergence = (torch.autograd.grad(v, y, probe)[0] * probe).sum(1)
+        return torch.cat([v.detach(), divergence[:, None]], 1)
+
+    def theirs() -> Tensor:
+        state = torch.cat([x, torch.zeros(n, 1)], 1)
+        end = odeint(rate, state, torch.tensor([0.0, 1.0]), rtol=1e-5, atol=1e-5)[-1]
+        z, log_det = end[:, :-1], end[:, -1]
+        return -0.5 * z.square().sum(1) - dim / 2 * math.log(2 * math.pi) + log_det
+
+    return {
+        "torchdiffeq": theirs,
+        "ours": lambda: log_likelihood(network, x, probe=None if exact else probe).log_prob,
+    }
+
+
+@case("04_flow_vs_diffusion", "optimal pairs of a batch, 512 in 2 dimensions", 512, 2)
+@case("04_flow_vs_diffusion", "optimal pairs of a batch, 512 in 64 dimensions", 512, 64)
+def pairs(n: int, dim: int) -> Calls:
+    from torchcfm.optimal_transport import OTPlanSampler
+
+    plan, x, y = OTPlanSampler("exact"), torch.randn(n, dim), torch.randn(n, dim)
+
+    def cost(found: Tensor) -> float:
+        return (x - y[found]).square().sum(1).mean().item()
+
+    return {
+        "torchcfm": lambda: cost(torch.from_numpy(plan.get_map(x, y).argmax(1))),
+        "ours": lambda: cost(optimal_pairs(x, y)),
+    }
+
+
+@case("05_ddim_ode", "50 steps of DDIM, 256 samples of 64 dimensions")
+def ddim() -> Calls:
+    from diffusers import DDIMScheduler
+
+    chain = NoiseSchedule.linear(1000)
+    scheduler = DDIMScheduler(
+        1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="trailing"
+    )
+    scheduler.set_timesteps(50)
+    network, x, steps = TimeMLP(64, width=128), torch.randn(256, 64), sub_sequence(1000, 50)
+
+    @torch.no_grad()
+    def theirs() -> Tensor:
+        y = x
+        for timestep in scheduler.timesteps:
+            t = torch.full((256,), (timestep.item() + 1) / 1000)
+            y = scheduler.step(network(y, t), timestep, y).prev_sample
+        return y
+
+    return {"diffusers": theirs, "ours": lambda: ddim_sample(network, chain, x, steps)}
+
+
+def decoders() -> tuple[Decoder, nn.Module, Tensor]:
+    """Our decoder, transformers' Llama with its weights, and tokens."""
+    from test_transformer import llama
+
+    ours = Decoder(Config(257, 128, 4, 4, kv_heads=2))
+    return ours, llama(ours, False), torch.randint(0, 256, (16, 129))
+
+
+@case("", "decoder of all later chapters, forward and backward, 16×128 tokens")
+def decoder_step() -> Calls:
+    ours, theirs, tokens = decoders()
+    before, after = tokens[:, :-1], tokens[:, 1:]
+
+    def step(model: nn.Module, logits: Callable[[], Tensor]) -> Callable[[], float]:
+        def run() -> float:
+            loss = next_token_loss(logits(), after)
+            loss.backward()
+            model.zero_grad()
+            return loss.item()
+
+        return run
+
+    return {
+        "transformers": step(theirs, lambda: theirs(before, use_cache=False).logits),
+        "ours": step(ours, lambda: ours(before)),
+    }
+
+
+@case("", "decoder of all later chapters, 48 tokens generated with a cache, batch 2")
+def decoder_generation() -> Calls:
+    ours, theirs, tokens = decoders()
+    prompt = tokens[:2, :16]
+    options = dict(max_new_tokens=48, do_sample=False, attention_mask=torch.ones_like(prompt))
+    return {
+        "transformers": lambda: theirs.generate(prompt, **options),
+        "ours": lambda: generate(ours, prompt, 48),
+    }
+
+
+def measure(device: torch.device, *, seed: int, seconds: float) -> tuple[dict[str, Any], dict]:
+    """Time all cases: for each, by library, the median of our time over its time, and our milliseconds."""
+    torch.set_num_threads(1)
+    found = []
+    for (chapter, what), make in CASES.items():
+        torch.manual_seed(seed)
+        calls = make()
+        ours = calls.pop("ours")
+        for library, call in calls.items():
+            timings = compare({library: call, "ours": ours}, device=device, seconds=seconds)
+            row = dict(chapter=chapter, what=what, library=library, ratio=timings["ours"].ratio)
+            found.append(row | {"milliseconds": 1e3 * timings["ours"].seconds})
+            print(f"{row['ratio']:6.2f}  {library:12} {what}", flush=True)
+    return {"cases": found}, {}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    os.environ["NOISE2TOKENS_RECORDS"] = str(Path(__file__).parent.parent / "book")
+    records.measured("speed", measure, {"long": {"seconds": 3.0}}, "long", 0)
