@@ -462,6 +462,20 @@ def draw_clouds(entries: list[Entry], data: Float[Tensor, "n 2"]) -> Figure:
 QUANTITIES = ("gap", "sample_gap", "on_spots", "distance", "evaluations", "seconds")
 
 
+def collect(runs: list[tuple[list[Entry], list[Entry]]]) -> dict[str, dict[str, list[float]]]:
+    """Turn the rows and the floors of some runs into lists: by method (or "data"), then by quantity."""
+    found = dict(zip(METHODS, zip(*(entries for entries, _ in runs), strict=True), strict=True))
+    found["data"] = [entry for _, floor in runs for entry in floor]
+    return {
+        method: {
+            name: [getattr(entry, name) for entry in entries]
+            for name in QUANTITIES
+            if getattr(entries[0], name) is not None
+        }
+        for method, entries in found.items()
+    }
+
+
 def full_scale(
     device: torch.device, *, seed: int, seeds: int, **budget: int
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
@@ -483,15 +497,6 @@ def full_scale(
     if seeds < 1:
         raise ValueError(f"need at least one seed, got {seeds}")
     runs = [run(seed + i, **budget)[1:] for i in range(seeds)]
-    found = dict(zip(METHODS, zip(*(entries for entries, *_ in runs), strict=True), strict=True))
-    found["data"] = [entry for *_, floor in runs for entry in floor]
-    results = {
-        method: {
-            name: [getattr(entry, name) for entry in entries]
-            for name in QUANTITIES
-            if getattr(entries[0], name) is not None
-        }
-        for method, entries in found.items()
-    }
+    results = collect([(entries, floor) for entries, _, floor in runs])
     entries, data, _ = runs[0]
     return results, {"The data, and 2500 samples of each method": draw_clouds(entries, data)}
