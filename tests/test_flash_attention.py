@@ -1,5 +1,6 @@
 """Chapter 08 without the kernels: online softmax as a monoid, tiled attention and its gradient, and what it costs."""
 
+import inspect
 import subprocess
 import sys
 
@@ -88,6 +89,22 @@ def test_three_two_and_one_pass_agree_with_torch():
     assert error(one_pass(scores, values), weights @ values) < 1e-14
 
 
+@pytest.mark.parametrize(
+    "softmax", [three_pass, online, lambda s: one_pass(s, draw((s.shape[-1], 2)))]
+)
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.zeros(3, 0),
+        torch.tensor([[0.0, 1.0, NEVER, 2.0]]),
+        torch.tensor([[0.0, float("nan"), 1, 1]]),
+    ],
+)
+def test_a_softmax_of_nothing_or_of_no_number_is_refused(softmax, scores):
+    with pytest.raises(ValueError, match="finite scores, at least one a row"):
+        softmax(scores.double())
+
+
 def test_softmax_of_huge_scores_does_not_overflow():
     scores = torch.tensor([[1e4, 1e4 - 1.0, -1e4]])
     for softmax in (three_pass, online):
@@ -145,6 +162,12 @@ def test_any_cut_of_the_keys_gives_the_same_output(seed, keys, data):
     output, lse = finish(state)
     assert error(output, torch.softmax(scores, -1) @ values) < 1e-13
     assert error(lse, scores.logsumexp(-1)) < 1e-13
+
+
+def test_an_empty_block_is_the_identity():
+    empty = block_state(torch.zeros(3, 0), torch.zeros(0, 2))
+    for ours, expected in zip(empty, identity_like(torch.zeros(3, 2)), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_a_row_without_keys_finishes_at_zero():
@@ -404,12 +427,20 @@ def test_bad_input_is_named():
     ]
     for kind, message, *qkv in bad:
         with pytest.raises(kind, match=message):
-            api.check_inputs(*qkv, None, batch_axes=1)
+            api.check_inputs(*qkv, False, None, batch_axes=1)
     for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale must be positive"):
             flash_attention(x, x, x, scale=scale)
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match="multiple"):
         flash_attention(x, x[:, :3], x[:, :3])
+    untyped = inspect.unwrap(api.check_inputs)  # as a reader calls it, without the tests' checker
+    with pytest.raises(TypeError, match="causal must be True or False, not a mask, got Tensor"):
+        untyped(x, x, x, torch.ones(5, 5), None, batch_axes=1)
+    for scale in (torch.tensor(0.5), True):
+        with pytest.raises(TypeError, match="scale must be a number"):
+            untyped(x, x, x, False, scale, batch_axes=1)
+    with pytest.raises(TypeError, match="k must be a tensor, got list"):
+        untyped(x, [1.0], x, False, None, batch_axes=1)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +465,11 @@ def test_offsets_of_the_wrong_kind_are_refused():
         flash_attention_varlen(x, x, x, cu, torch.tensor([0, 9], dtype=torch.int32), 9, 9)
     with pytest.raises(ValueError, match="must lie on meta"):
         api.check_offsets(cu, 9, 9, "cu_seqlens_q", torch.device("meta"))
+    with pytest.raises(TypeError, match="int32 tensor, got list"):
+        inspect.unwrap(api.check_offsets)([0, 9], 9, 9, "cu_seqlens_q", x.device)
+    for longest in (9.0, -1):
+        with pytest.raises(TypeError, match="longest length"):
+            inspect.unwrap(api.check_offsets)(cu, 9, longest, "cu_seqlens_q", x.device)
 
 
 # Cost
@@ -536,6 +572,18 @@ def test_peak_bytes_counts_what_lives_at_the_same_time():
 
 def test_spans():
     assert list(tile_spans(7, 3)) == [(0, 3), (3, 6), (6, 7)] and list(tile_spans(0, 3)) == []
+    for length, tile in ((7, 0), (7, -1), (-1, 3)):
+        with pytest.raises(ValueError, match=f"got {length} and {tile}"):
+            tile_spans(length, tile)
+
+
+def test_sizes_that_no_tile_has_are_refused():
+    with pytest.raises(ValueError, match="at least one row, got 0"):
+        cost.tiled_bytes(64, 8, 4, 0)
+    with pytest.raises(ValueError, match="head dimension 0"):
+        cost.tile_for(1000, 0)
+    with pytest.raises(ValueError, match="multiple of each dimension, got 24 and 16"):
+        experiment.speed((16,), (16,), torch.device("cpu"), 32, 24, 0.001)
 
 
 def test_works_without_triton():

@@ -117,11 +117,16 @@ def alive(notebook: NotebookNode) -> None:
 
 def fold(notebook: NotebookNode) -> None:
     """Hide the input of cells that set up, import or draw, and take away that of cells that show a source."""
+    body = False  # once the first section has begun, a cell that imports may compute something worth reading
     for cell in notebook.cells:
         if cell.cell_type != "code":
+            body |= re.search(r"^## ", cell.source, re.M) is not None
             continue
         tags, lines = cell.metadata.setdefault("tags", []), cell.source.strip().splitlines()
-        setup = {"setup", "parameters"} & set(tags) or _imports_only(cell.source)
+        setup = {"setup", "parameters"} & set(tags) or (
+            _imports_only(cell.source)
+            or (not body and cell.source.startswith(("import ", "from ")))
+        )
         if lines and cell.source.strip().startswith("show_source(") and _one_call(cell.source):
             _tag(cell, "remove-input")
         elif (

@@ -59,7 +59,7 @@ def flash_attention(
 
     Source: Dao et al. 2022; Dao 2023, Algorithms 1 and 2.
     """
-    scale = check_inputs(q, k, v, scale, batch_axes=1)
+    scale = check_inputs(q, k, v, causal, scale, batch_axes=1)
     if _kernel_takes(q, k, v):
         from noise2tokens.flash_attention.kernel import kernel_attention
 
@@ -102,7 +102,7 @@ def flash_attention_varlen(
 
     Source: Dao 2023 (the `varlen` interface of flash-attention).
     """
-    scale = check_inputs(q, k, v, scale, batch_axes=0)
+    scale = check_inputs(q, k, v, causal, scale, batch_axes=0)
     check_offsets(cu_seqlens_q, q.shape[0], max_seqlen_q, "cu_seqlens_q", q.device)
     check_offsets(cu_seqlens_k, k.shape[0], max_seqlen_k, "cu_seqlens_k", q.device)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -135,11 +135,14 @@ def kernel_runs_on(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, batch_axes: int) -> float:
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, batch_axes: int
+) -> float:
     """Say what is wrong with the input of attention, before something further down says it less clearly.
 
     Args:
         q, k, v: `(batch, heads, length, dim)` with one batch axis, `(tokens, heads, dim)` with none.
+        causal: whether there is a causal mask.
         scale: what the scores are multiplied by, or None.
         batch_axes: 1 or 0.
 
@@ -152,7 +155,15 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None, batch_axe
     layout, heads, length = (
         ("(batch, heads, length, dim)", 1, 2) if batch_axes else ("(tokens, heads, dim)", 1, 0)
     )
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, not a mask, got {type(causal).__name__}")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise TypeError(
+            f"scale must be a number (no gradient reaches it), got {type(scale).__name__}"
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype not in DTYPES:
             names = ", ".join(str(dtype) for dtype in DTYPES)
             raise TypeError(f"{name} must be one of {names}, got {x.dtype}")
@@ -209,6 +220,10 @@ def check_offsets(
     Raises:
         ValueError, TypeError: see `flash_attention_varlen`.
     """
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{name} must be an int32 tensor, got {type(offsets).__name__}")
+    if not isinstance(longest, int) or longest < 0:
+        raise TypeError(f"the longest length for {name} must be an int from 0 on, got {longest!r}")
     if offsets.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {offsets.dtype}")
     if offsets.dim() != 1 or offsets.numel() < 2:

@@ -61,8 +61,13 @@ def tiled_bytes(length: int, dim: int, itemsize: int, rows: int) -> int:
     Returns:
         2 N d for Q and O and 2 N d ceil(N / rows) for K and V, in elements, and N for LSE, in bytes.
 
+    Raises:
+        ValueError: if a tile has no row.
+
     Source: counted from Dao 2023, Algorithm 1.
     """
+    if rows < 1:
+        raise ValueError(f"a tile has at least one row, got {rows}")
     return 2 * length * dim * (1 + ceil(length / rows)) * itemsize + length * max(itemsize, 4)
 
 
@@ -81,11 +86,11 @@ def tile_for(on_chip: int, dim: int) -> tuple[int, int]:
         Queries and keys of a tile.
 
     Raises:
-        ValueError: if not even one query fits.
+        ValueError: if not even one query fits, or the dimension is not positive.
 
     Source: Dao et al. 2022, Algorithm 1, line 1, with constants that fit.
     """
-    rows = on_chip // (5 * dim)
+    rows = on_chip // (5 * dim) if dim > 0 else 0
     if rows < 1:
         raise ValueError(
             f"a tile of head dimension {dim} needs {5 * dim} elements of fast memory, got {on_chip}"

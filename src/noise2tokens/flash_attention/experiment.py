@@ -79,10 +79,15 @@ def speed(
         One row for each length, dimension, mask and backend, with TFLOP/s "forward" and "backward" and "peak_bytes"
         of both passes; a backend that does not run there has a "reason" in their place.
 
+    Raises:
+        ValueError: If the width is not a multiple of a dimension.
+
     Source: setting of Dao 2023, section 4.1.
     """
     rows = []
     for dim in dims:
+        if width < dim or width % dim:
+            raise ValueError(f"width must be a multiple of each dimension, got {width} and {dim}")
         for length in lengths:
             batch, heads = max(1, tokens // length), width // dim
             q, k, v, grad = qkv_and_grad(batch, heads, length, dim, device)
@@ -203,8 +208,8 @@ def plain_against_ours(
         seconds: how long each is measured, about.
 
     Returns:
-        Milliseconds and peak bytes of both: "plain_ms", "ours_ms", "plain_bytes", "ours_bytes", and "speedup", the
-        median over alternating rounds of the plain way's time over ours.
+        Milliseconds and peak bytes (inputs included) of both: "plain_ms", "ours_ms", "plain_bytes", "ours_bytes", and
+        "speedup", the median over alternating rounds of the plain way's time over ours.
 
     Source: setting of Dao et al. 2022, Figure 2, left.
     """
@@ -215,7 +220,9 @@ def plain_against_ours(
     }
     timings = compare(calls, device=device, seconds=seconds)
     found = {f"{name}_ms": 1e3 * timing.seconds for name, timing in timings.items()}
-    found |= {f"{name}_bytes": peak(call, device) for name, call in calls.items()}
+    # A GPU's account begins after the inputs were allocated, and the other one before.
+    inputs = sum(x.nbytes for x in (q, k, v, grad)) if device.type == "cuda" else 0
+    found |= {f"{name}_bytes": inputs + peak(call, device) for name, call in calls.items()}
     return found | {"speedup": timings["plain"].ratio}
 
 
@@ -239,7 +246,8 @@ def fastest_tile(
     for tile in tiles:
         try:
             seconds = seconds_of(tile)
-        except Exception as error:  # Triton raises classes of its own, which may be missing here
+        # Triton's own classes, which may be missing here, or a wrong result.
+        except Exception as error:
             found[str(tile)] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         found[str(tile)] = seconds
@@ -289,11 +297,20 @@ def sweep_tiles(
 
     q, k, v, grad = qkv_and_grad(*shape, device)
     attention = partial(kernel.kernel_attention, q, k, v, True, shape[-1] ** -0.5)
-    found = {}
+
+    def results() -> list[Tensor]:
+        o, _ = attention()
+        return [o.detach(), *torch.autograd.grad(o, (q, k, v), grad)]
+
+    expected, found = results(), {}
     for which, (name, tiles) in enumerate(candidates.items()):
 
         def seconds_of(tile: Sequence[int], which: int = which) -> float:
             with kernel.tried(q, v, which, kernel.Tile(*tile)):
+                for ours, right in zip(results(), expected, strict=True):
+                    torch.testing.assert_close(
+                        ours, right, rtol=0.02, atol=0.02 * right.abs().max().item()
+                    )
                 if which == 0:
                     run = attention
                 else:

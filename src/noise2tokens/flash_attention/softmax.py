@@ -43,8 +43,12 @@ def three_pass(scores: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows keys
     Returns:
         The weights, which sum to one over the last axis, `(*rows, keys)`.
 
+    Raises:
+        ValueError: if a row is empty or a score is not finite.
+
     Source: Milakov & Gimelshein 2018, Algorithm 2.
     """
+    _check_scores(scores)
     m = torch.full_like(scores[..., 0], NEVER)
     for score in scores.unbind(-1):
         m = torch.maximum(m, score)
@@ -63,8 +67,12 @@ def online(scores: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows keys"]:
     Returns:
         The weights, which sum to one over the last axis, `(*rows, keys)`.
 
+    Raises:
+        ValueError: if a row is empty or a score is not finite.
+
     Source: Milakov & Gimelshein 2018, Algorithm 3.
     """
+    _check_scores(scores)
     m = torch.full_like(scores[..., 0], NEVER)
     ell = torch.zeros_like(m)
     for score in scores.unbind(-1):
@@ -86,8 +94,12 @@ def one_pass(
     Returns:
         The weighted mean of the values for each query, `(*batch, queries, dim)`.
 
+    Raises:
+        ValueError: if a row is empty or a score is not finite.
+
     Source: Rabe & Staats 2021, section 2; Dao et al. 2022, section 3.1.
     """
+    _check_scores(scores)
     m = torch.full_like(scores[..., 0], NEVER)
     ell = torch.zeros_like(m)
     o = torch.zeros_like(scores[..., :1] * values[..., :1, :])
@@ -125,10 +137,12 @@ def block_state(
         values: the values of the block, `(*batch, keys, dim)`; the batch axes may broadcast.
 
     Returns:
-        (m, ell, o); for a row without visible keys, the identity.
+        (m, ell, o); for a row without visible keys, and for an empty block, the identity.
 
     Source: Dao et al. 2022, section 3.1.
     """
+    if scores.shape[-1] == 0:
+        return identity_like(scores @ values)
     m = scores.amax(dim=-1)
     weights = torch.exp(scores - _finite(m)[..., None])
     return SoftmaxState(m, weights.sum(dim=-1), weights @ values)
@@ -169,6 +183,11 @@ def finish(state: SoftmaxState) -> tuple[Float[Tensor, "*rows dim"], Float[Tenso
     denominator = torch.where(empty, 1.0, state.ell)
     lse = torch.where(empty, NEVER, state.m + torch.log(denominator))
     return state.o / denominator[..., None], lse
+
+
+def _check_scores(scores: Tensor) -> None:
+    if scores.dim() == 0 or scores.shape[-1] == 0 or not scores.isfinite().all():
+        raise ValueError(f"need finite scores, at least one a row, got shape {tuple(scores.shape)}")
 
 
 def _finite(m: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:

@@ -158,7 +158,9 @@ def plain_backward(
 
 
 def tile_spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
-    """The spans [start, stop) that cut `length` into tiles of at most `tile`."""
+    """The spans [start, stop) that cut `length` into tiles of at most `tile`, which is at least 1."""
+    if length < 0 or tile < 1:
+        raise ValueError(f"need length >= 0 and tile >= 1, got {length} and {tile}")
     return ((start, min(start + tile, length)) for start in range(0, length, tile))
 
 
