@@ -231,6 +231,7 @@ def test_the_lab_works_from_the_keyboard_fits_a_phone_and_everyone(page):
 
 
 def test_a_lab_without_scripts_shows_its_picture_and_says_what_it_is():
+    plt.close("all")
     page = lab_page(
         "kernel_lab", {"q": [1.0], "x": "</script>"}, alt='A "tile"', still=plt.figure()
     )

@@ -444,14 +444,15 @@ def run(
 
 def draw_clouds(entries: list[Entry], data: Float[Tensor, "n 2"]) -> Figure:
     """Draw the data and the samples of each pictured method, with the share that lies on a spot."""
-    figure, axes = plt.subplots(2, 5, figsize=(7.6, 3.6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 5, figsize=(7.6, 3.9), sharex=True, sharey=True)
     rows = {entry.method: entry for entry in entries}
     clouds = {"Data": (data, on_spots(data))}
     clouds |= {name: (rows[name].samples, rows[name].on_spots) for name in PICTURED}
     for ax, (name, (cloud, share)) in zip(axes.flat, clouds.items(), strict=True):
         ax.scatter(*cloud[:2500].T, s=0.4)
         ax.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal")
-        ax.set_title(f"{name}\n{share:.0%} on a spot", fontsize="small")
+        title = name.replace(", ", "\n")
+        ax.set_title(f"{title}\n{share:.0%} on a spot", fontsize="small")
     for ax in axes[1]:
         ax.set_xlabel("$x_1$")
     for ax in axes[:, 0]:
