@@ -47,6 +47,17 @@ def test_a_machine_that_slows_down_does_not_change_the_ratio(monkeypatch):
     assert found["b"].ratio == pytest.approx(2, rel=0.1)
 
 
+def test_a_disturbed_round_does_not_change_the_ratio(monkeypatch):
+    clock = Clock(monkeypatch)
+    calls = {
+        "a": clock.call("a", 0.1),
+        "b": clock.call("b", lambda now: 5.0 if 2 < now < 2.3 else 0.2),
+    }
+    found = compare(calls, seconds=1.0, rounds=5)
+    assert found["b"].ratio == pytest.approx(2) and found["b"].seconds == pytest.approx(0.2)
+    assert clock.now > 7  # it was disturbed
+
+
 def test_rounds_alternate_and_turn_around(monkeypatch):
     clock = Clock(monkeypatch)
     compare({name: clock.call(name, 1.0) for name in "abc"}, seconds=1.0, rounds=3)

@@ -972,6 +972,7 @@ def test_what_full_scale_measures_is_what_it_says(experiment_on_digits, monkeypa
     assert seen["chain"] is experiment.CHAIN and len(seen["part"]) == 5
     # dx/dt = x from 1 down to 0 divides by e; three Euler steps divide by (3/2)^3.
     noise = torch.randn(31, 1, 28, 28, generator=torch.Generator().manual_seed(3))
+    same(seen["part"], noise[:5])
     same(seen["test images"], tests[:10] / 255, atol=1e-6)
     solved = seen["flow matching, adaptive solver"]
     same(solved, (noise[:10, 0] / math.e + 1) / 2, atol=1e-4)

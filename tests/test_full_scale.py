@@ -42,6 +42,9 @@ SLICES: dict[str, dict] = {
         lengths=(16,), dims=(8,), tokens=32, width=16, seconds=0.005, gpt2=(1, 2, 64, 16), memory_lengths=(64,),
         doubling=(16, 32), limit=1e9, sweep=(),
     ),
+    "09_gradient_checkpointing": dict(
+        depths=(2, 3), depth=2, width=16, heads=2, length=16, batch=1, limit=1e6, seconds=0.01
+    ),
     "part1_synthesis": dict(seeds=1, steps=3, batch_size=16, pairs=64, test_points=20, samples=50),
 }  # fmt: skip
 

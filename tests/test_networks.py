@@ -5,13 +5,29 @@ import torch
 from torch import nn
 
 from noise2tokens.images import digits
-from noise2tokens.networks import Classifier, TimeMLP, UNet, confidence, mlp, train_classifier
+from noise2tokens.networks import (
+    Classifier,
+    TimeMLP,
+    UNet,
+    confidence,
+    mlp,
+    time_features,
+    train_classifier,
+)
 
 
 def test_mlp_has_the_layers_it_is_asked_for():
     network = mlp(3, [5, 7], 2, nn.Tanh)
     assert [type(layer) for layer in network] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
     assert [p.shape for p in network.parameters() if p.dim() == 2] == [(5, 3), (7, 5), (2, 7)]
+
+
+def test_time_turns_through_1_to_30_radians():
+    t = torch.tensor([0.3, 1.0])
+    features = time_features(t, 6)
+    for i, frequency in enumerate((1, 30**0.5, 30)):
+        torch.testing.assert_close(features[:, i], (frequency * t).cos())
+        torch.testing.assert_close(features[:, 3 + i], (frequency * t).sin())
 
 
 def test_networks():

@@ -660,6 +660,15 @@ def test_the_comparison_on_digits_is_at_equal_steps_and_over_consecutive_seeds(m
     assert len(found["RealNVP"]["bits"]) == 2
     flows, _, bits = experiment.compare_on_digits(4, steps=3)
     assert bits["RealNVP"].shape == (360,)
+    for (
+        name,
+        build,
+    ) in (
+        experiment.DIGIT_FLOWS.items()
+    ):  # each starts from the seed, not from where the last one left it
+        torch.manual_seed(4)
+        for ours, fresh in zip(flows[name].parameters(), build().parameters(), strict=True):
+            assert torch.equal(ours, fresh)
     assert found["RealNVP"]["bits"][0] == pytest.approx(bits["RealNVP"].mean().item(), rel=1e-5)
     mixers = {"reverse": PermuteChannels, "shuffle": PermuteChannels, "1×1": Invertible1x1ConvLU}
     for name, kind in mixers.items():

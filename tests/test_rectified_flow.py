@@ -555,9 +555,10 @@ def test_what_each_network_of_full_scale_is_trained_on(images, monkeypatch):
 
 def test_what_full_scale_measures_is_what_it_says(images, monkeypatch):
     """With sampling replaced by known images, distances and confidences are those of these images."""
-    judged, drawn, figure = [], {}, Figure()
+    judged, drawn, figure, asked = [], {}, Figure(), []
 
     def sample_known(velocity, x, count):
+        asked.append(id(velocity))
         return torch.full_like(x, 0.2 * count - 1)
 
     class Known:
@@ -594,6 +595,33 @@ def test_what_full_scale_measures_is_what_it_says(images, monkeypatch):
     same(drawn["2-RF, one step"], torch.full((10, 28, 28), 0.1), atol=1e-6)
     same(drawn["1-RF, solved"], torch.full((10, 28, 28), 0.5))
     assert list(pictures.values()) == [figure] and "test images above" in next(iter(pictures))
+    for flow, again, student, row, last in (asked[:5], asked[5:]):
+        assert flow == again == row and student == last != flow
+
+
+def test_what_the_networks_of_the_eight_gaussians_learn_from(monkeypatch):
+    """1-RF, the same for longer, 2-RF from pairs of 1-RF, optimal pairs for both budgets; a student of each teacher."""
+    fitted, students = [], []
+    monkeypatch.setattr(experiment, "fit", lambda n, source, **o: fitted.append((n, source, o)))
+    monkeypatch.setattr(
+        experiment,
+        "reflow",
+        lambda network, noise, **_: torch.stack([noise + len(fitted), noise], 1),
+    )
+    monkeypatch.setattr(
+        experiment, "distill", lambda n, pairs, **o: students.append((n, pairs, o)) or n
+    )
+    learned = learn_eight_gaussians(0, steps=5, more=3, student_steps=2, pairs=512)
+    flows = learned.flows
+    names = ("1-RF", "1-RF, trained on", "2-RF", "optimal pairs")
+    assert [f[0] for f in fitted] == [flows[name] for name in names]
+    assert [f[2]["steps"] for f in fitted] == [5, 3, 3, 8]
+    assert torch.equal(fitted[2][1], learned.pairs)
+    assert [s[0] for s in students] == [flows["1-RF"], flows["2-RF"]]
+    assert torch.equal(students[0][1], learned.pairs) and students[0][2]["steps"] == 2
+    noise = learned.pairs[:, 1]
+    same(students[0][1], torch.stack([noise + 2, noise], 1))
+    same(students[1][1], torch.stack([noise + 3, noise], 1))
 
 
 def test_eight_gaussians_are_repeated_with_consecutive_seeds(monkeypatch):

@@ -211,6 +211,11 @@ def test_parts_are_whole_files_and_share_none(share):
     assert len(seen) > 1
 
 
+def test_a_file_as_large_as_the_share_fits():
+    _, validation = split_files({"a": "x" * 50, "b": "y" * 50}, 0.5)
+    assert len(validation) == 1
+
+
 def test_no_function_of_the_validation_part_is_trained_on():
     """Of pieces that are long enough to be somebody's work, none is in both parts."""
     pieces = [

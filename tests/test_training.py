@@ -52,6 +52,21 @@ def test_ends_with_the_weights_that_validated_best():
     assert model.value.item() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_of_equally_good_weights_the_first_are_kept():
+    model = Point(0.0)
+    history = train(
+        model,
+        lambda batch: -model.value,
+        torch.zeros(4, 1),
+        steps=4,
+        batch_size=2,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        validate=lambda: 1.0,
+        validate_every=2,
+    )
+    assert history.best_step == 0 and model.value.item() == 0
+
+
 def test_validation_runs_in_eval_mode_and_without_gradients():
     model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
     seen = []
