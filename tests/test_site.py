@@ -180,6 +180,22 @@ def test_page_works_without_a_network_and_for_everyone(page, name):
 
 @needs_browser
 @pytest.mark.browser
+@every_chapter
+def test_figures_keep_their_shape_in_a_narrow_column(page, name):
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        settle(page)
+        bent = page.evaluate(
+            """() => [...document.querySelectorAll(".bd-article .cell_output img")]
+            .filter((e) => e.clientWidth > 0 && e.naturalWidth > 0)
+            .map((e) => e.clientWidth / e.clientHeight / (e.naturalWidth / e.naturalHeight))
+            .filter((ratio) => Math.abs(ratio - 1) > 0.03)"""
+        )
+        assert bent == [], width
+
+
+@needs_browser
+@pytest.mark.browser
 @every_page
 def test_page_fits_a_phone(page, name):
     page.set_viewport_size({"width": 390, "height": 844})
