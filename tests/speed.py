@@ -21,6 +21,9 @@ from noise2tokens.distribution_transforms.distances import optimal_pairs, sliced
 from noise2tokens.flow_vs_diffusion.cnf import draw_probe, log_likelihood
 from noise2tokens.flow_vs_diffusion.diffusion import NoiseSchedule
 from noise2tokens.flow_vs_diffusion.integrators import dormand_prince
+from noise2tokens.gradient_checkpointing.checkpoint import checkpoint, checkpoint_by_hooks
+from noise2tokens.gradient_checkpointing.models import recomputing
+from noise2tokens.gradient_checkpointing.schedules import equal_spans
 from noise2tokens.networks import TimeMLP
 from noise2tokens.nice import Chain
 from noise2tokens.realnvp_glow.coupling import RealNVP
@@ -207,6 +210,29 @@ def ddim() -> Calls:
         return y
 
     return {"diffusers": theirs, "ours": lambda: ddim_sample(network, chain, x, steps)}
+
+
+@case("09_gradient_checkpointing", "each of 8 blocks recomputed, as a function", True)
+@case("09_gradient_checkpointing", "each of 8 blocks recomputed, by hooks", False)
+def recomputed(reentrant: bool) -> Calls:
+    from torch.utils.checkpoint import checkpoint as torchs
+
+    model, tokens = Decoder(Config(257, 64, 8, 4)), torch.randint(0, 256, (4, 129))
+
+    def step(how: Callable) -> Callable[[], float]:
+        def run() -> float:
+            with recomputing(model, equal_spans(8, 8), how):
+                loss = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+                loss.backward()
+            model.zero_grad()
+            return loss.item()
+
+        return run
+
+    return {
+        "PyTorch": step(lambda f, *args: torchs(f, *args, use_reentrant=reentrant)),
+        "ours": step(checkpoint if reentrant else checkpoint_by_hooks),
+    }
 
 
 def decoders() -> tuple[Decoder, nn.Module, Tensor]:
