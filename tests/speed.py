@@ -28,6 +28,9 @@ from noise2tokens.networks import TimeMLP
 from noise2tokens.nice import Chain
 from noise2tokens.realnvp_glow.coupling import RealNVP
 from noise2tokens.realnvp_glow.multiscale import glow_step, initialize
+from noise2tokens.sequence_packing.experiment import arrange, decoder, functions, mean_loss
+from noise2tokens.sequence_packing.layout import pad_batch
+from noise2tokens.sequence_packing.patch import without_padding
 from noise2tokens.transformer import Config, Decoder, generate, next_token_loss
 
 Calls = dict[str, Callable[[], Any]]
@@ -233,6 +236,51 @@ def recomputed(reentrant: bool) -> Calls:
         "PyTorch": step(lambda f, *args: torchs(f, *args, use_reentrant=reentrant)),
         "ours": step(checkpoint if reentrant else checkpoint_by_hooks),
     }
+
+
+def texts() -> list[Tensor]:
+    """Functions of the standard library, as bytes."""
+    return [tokens.clamp_max(255) for tokens in functions(1024)[100:116]]
+
+
+@case("10_sequence_packing", "decoder, forward and backward, 16 texts packed")
+def packed() -> Calls:
+    ways, model = arrange(texts(), 2048), decoder(256, 64, 2, 4)
+
+    def step(name: str) -> Callable[[], float]:
+        def run() -> float:
+            loss = mean_loss(model, ways[name])
+            loss.backward()
+            model.zero_grad()
+            return loss.item()
+
+        return run
+
+    return {"the same, padded": step("padded"), "ours": step("packed")}
+
+
+@case("10_sequence_packing", "small Llama, forward and backward, 16 texts without their padding")
+def patched() -> Calls:
+    from test_transformer import llama
+
+    model = llama(Decoder(Config(257, 64, 2, 4)), False).float()
+    tokens, mask = pad_batch(texts(), 0)
+    labels = tokens.masked_fill(~mask, -100)
+
+    def theirs() -> float:
+        out = model(tokens, attention_mask=mask.long(), labels=labels, use_cache=False)
+        out.loss.backward()
+        model.zero_grad()
+        return out.loss.item()
+
+    def ours() -> float:
+        with without_padding(model):
+            loss = model(tokens, attention_mask=mask, labels=labels).loss
+            loss.backward()
+        model.zero_grad()
+        return loss.item()
+
+    return {"transformers": theirs, "ours": ours}
 
 
 def decoders() -> tuple[Decoder, nn.Module, Tensor]:

@@ -45,6 +45,9 @@ SLICES: dict[str, dict] = {
     "09_gradient_checkpointing": dict(
         depths=(2, 3), depth=2, width=16, heads=2, length=16, batch=1, limit=1e6, seconds=0.01
     ),
+    "10_sequence_packing": dict(
+        million=2000, capacity=64, batch=4, width=16, layers=1, heads=2, seeds=1, steps=2, seconds=0.01
+    ),
     "part1_synthesis": dict(seeds=1, steps=3, batch_size=16, pairs=64, test_points=20, samples=50),
 }  # fmt: skip
 

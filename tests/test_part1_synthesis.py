@@ -318,7 +318,7 @@ def test_full_scale_lists_seeds_and_leaves_out_what_is_missing(monkeypatch):
     }  # fmt: skip
     assert "gap" not in results["GAN"] and "gap" not in results["data"] and len(pictures) == 1
     (figure,) = pictures.values()
-    titles = [ax.get_title().split("\n") for ax in figure.axes]
-    assert [name for name, _ in titles] == ["Data", *module.PICTURED]
+    titles = [ax.get_title().rpartition("\n")[::2] for ax in figure.axes]
+    assert [name.replace("\n", ", ") for name, _ in titles] == ["Data", *module.PICTURED]
     assert titles[1][1] == "10% on a spot"
     assert (figure.axes[3].collections[0].get_offsets() == 3).all()  # the first seed's
