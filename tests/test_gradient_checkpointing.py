@@ -648,7 +648,7 @@ def test_values_of_a_slice_of_full_scale():
         assert kept["attention stored, recomputed"] < kept["attention stored"]
     assert peaks["keep all"][1] / peaks["keep all"][0] > 1.7
     assert peaks["every block"][1] / peaks["every block"][0] < 1.7
-    assert steps["keep all"]["time"] == 1 and steps["every block"]["time"] > 1.05
+    assert steps["keep all"]["time"] == 1 and steps["every block"]["time"] > 1
     assert steps["every block"]["largest batch"] > steps["keep all"]["largest batch"] >= 1
     for row in steps.values():
         assert row["tokens a second"] == pytest.approx(2 * 64 / row["seconds"])

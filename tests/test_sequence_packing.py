@@ -353,7 +353,7 @@ if __name__ == "__main__":
         with open("state.part", "w") as file:
             json.dump(saved, file)
         os.replace("state.part", "state.json")
-        time.sleep(0.01)
+        time.sleep(0.03)
     open("done", "w").close()
 """
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from noise2tokens.sequence_packing.layout import IGNORED, pad, unpad, varlen_attention
+from noise2tokens.transformer import next_token_loss
 
 NAME = "each_sequence_by_itself"
 
@@ -83,7 +84,7 @@ def without_padding(model: nn.Module) -> Iterator[nn.Module]:
         ).logits[0]
         loss = None
         if labels is not None:
-            loss = token_loss(logits, following(labels, attention_mask.bool())[places])
+            loss = next_token_loss(logits, following(labels, attention_mask.bool())[places])
         return CausalLMOutput(loss=loss, logits=pad(logits, places, *input_ids.shape))
 
     config._attn_implementation = NAME
@@ -104,9 +105,3 @@ def following(labels: Tensor, mask: Tensor) -> Tensor:
     following = torch.full_like(labels, IGNORED)
     following[:, :-1] = torch.where(mask[:, 1:], labels[:, 1:], IGNORED)
     return following.flatten()
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over all labels but -100, in single precision or better."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
