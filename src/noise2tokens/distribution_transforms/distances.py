@@ -216,8 +216,11 @@ def optimal_pairs(x: Float[Tensor, "n *event"], y: Float[Tensor, "n *event"]) ->
     if x.shape != y.shape:
         raise ValueError(f"need two sets of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     a, b = x.detach().flatten(1).double(), y.detach().flatten(1).double()
-    # |a - b|² = |a|² + |b|² - 2ab, and the squares are the same for every pairing.
-    _, columns = linear_sum_assignment((-(a @ b.T)).cpu().numpy())
+    costs = torch.cdist(a, b).square()
+    # What is taken from a whole row or column is taken from every pairing. With a zero in each, shortest paths are short.
+    costs -= costs.amin(1, keepdim=True)
+    costs -= costs.amin(0, keepdim=True)
+    _, columns = linear_sum_assignment(costs.cpu().numpy())
     return torch.as_tensor(columns, device=x.device)
 
 
