@@ -217,7 +217,7 @@ def optimal_pairs(x: Float[Tensor, "n *event"], y: Float[Tensor, "n *event"]) ->
         raise ValueError(f"need two sets of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     a, b = x.detach().flatten(1).double(), y.detach().flatten(1).double()
     costs = torch.cdist(a, b).square()
-    # What is taken from a whole row or column is taken from every pairing. With a zero in each, shortest paths are short.
+    # What is taken from a row or column is taken from every pairing. With a zero in each, the searches are short.
     costs -= costs.amin(1, keepdim=True)
     costs -= costs.amin(0, keepdim=True)
     _, columns = linear_sum_assignment(costs.cpu().numpy())
