@@ -394,6 +394,19 @@ def test_an_input_changed_in_place_is_noticed(ours):
         y.sum().backward()
 
 
+def test_hooks_stop_at_the_last_saved_tensor():
+    ends = []
+
+    def function(x):
+        y = x.exp()
+        ends.append(len(ends))
+        return y
+
+    x = torch.randn(3, requires_grad=True)
+    checkpoint_by_hooks(function, x).sum().backward()
+    assert ends == [0] and torch.equal(x.grad, x.exp())
+
+
 def test_a_function_that_saves_less_the_second_time_is_noticed():
     calls = []
 

@@ -174,6 +174,15 @@ def test_attention_of_each_equals_a_masked_whole(kv_heads):
     assert torch.allclose(layout.varlen_attention(q[0], k[0], v[0], cu, 6), plain[0], atol=1e-14)
 
 
+def test_padded_batches_attend_as_usual():
+    q, k, v = torch.randn(3, 2, 4, 10, 8, dtype=torch.float64)
+    angles = torch.zeros(1, 10, 4)
+    where = layout.Layout(torch.arange(10), angles, angles, 10)
+    for scale in (None, 0.3):
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        assert torch.allclose(layout.attend_each(q, k, v, where, scale), expected, atol=1e-14)
+
+
 def test_offsets_also_fit_pytorchs_jagged_tensors():
     """Not causal, since nested tensors have no causal mask here: the same split by a third party."""
     parts = [torch.randn(n, 2, 8) for n in (3, 5)]
