@@ -162,6 +162,7 @@
       title.querySelector(".toggle-button")?.setAttribute("aria-label", `Show or hide: ${name}`);
     }
     searched();
+    toMark(); // and once more when everything has its size
   });
 
   window.addEventListener("load", async () => {
