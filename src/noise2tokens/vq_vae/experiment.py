@@ -214,15 +214,41 @@ def bits_per_dim(
     return {"codes": codes, "pixels": pixels, "total": codes + pixels}
 
 
-def patches(
-    pictures: Sequence[UInt8[Tensor, "_ _ 3"]], size: int = 32
-) -> Float[Tensor, "n 3 {size} {size}"]:
-    """Cut color pictures into squares side by side, in [0, 1]; what is left at the edges is dropped."""
+def gray(picture: UInt8[Tensor, "_ _ 3"], multiple: int = 4) -> Float[Tensor, "1 h w"]:
+    """Return the mean of the colors in [0, 1], cut to sizes that are divisible by a number."""
+    height, width = (side // multiple * multiple for side in picture.shape[:2])
+    return picture[:height, :width].float().mean(-1)[None] / 255
+
+
+def crops(
+    pictures: Sequence[Float[Tensor, "1 _ _"]], n: int, size: int, generator: Generator
+) -> Float[Tensor, "n 1 {size} {size}"]:
+    """Cut squares out of gray pictures at random; half of them are made negatives, so that few pictures show more.
+
+    Args:
+        pictures: From which each square is drawn with equal chances.
+        n: Number of squares.
+        size: Of their sides.
+        generator: Decides.
+
+    Raises:
+        ValueError: If there is no picture, or one is smaller than a square.
+    """
+    if not pictures or any(min(picture.shape[1:]) < size for picture in pictures):
+        raise ValueError(
+            f"need pictures of {size} pixels a side or more, got {[tuple(p.shape) for p in pictures]}"
+        )
+
+    def below(limit: int) -> int:
+        return int(torch.randint(limit, (1,), generator=generator))
+
     squares = []
-    for picture in pictures:
-        tiles = picture.unfold(0, size, size).unfold(1, size, size)
-        squares.append(tiles.flatten(0, 1))
-    return torch.cat(squares) / 255
+    for _ in range(n):
+        picture = pictures[below(len(pictures))]
+        top, left = (below(side - size + 1) for side in picture.shape[1:])
+        square = picture[:, top : top + size, left : left + size]
+        squares.append(1 - square if below(2) else square)
+    return torch.stack(squares)
 
 
 def psnr(reconstruction: Float[Tensor, "*shape"], x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -230,42 +256,41 @@ def psnr(reconstruction: Float[Tensor, "*shape"], x: Float[Tensor, "*shape"]) ->
     return -10 * F.mse_loss(reconstruction, x).log10()
 
 
-def jpeg(x: Float[Tensor, "3 h w"], bits: float) -> tuple[Float[Tensor, "3 h w"], float]:
-    """Compress a picture by JPEG to at most so many bits a pixel.
+def jpeg(x: Float[Tensor, "1 h w"], bits: float) -> tuple[Float[Tensor, "1 h w"], float]:
+    """Compress a gray picture by JPEG to at most so many bits a pixel.
 
     Returns:
         The picture after it, and the bits a pixel that it took: at the best quality that fits, or, where none does, at
         the lowest.
     """
-    height, width = x.shape[1:]
-    image = Image.fromarray((x.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy())
+    image = Image.fromarray((x[0].clamp(0, 1) * 255).round().byte().numpy())
     for quality in range(95, -1, -1):
         file = io.BytesIO()
         image.save(file, "jpeg", quality=quality, optimize=True)
-        taken = 8 * file.tell() / (height * width)
+        taken = 8 * file.tell() / x.numel()
         if taken <= bits:
             break
     shown = torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8)
-    return shown.view(height, width, 3).movedim(-1, 0) / 255, taken
+    return shown.view(x.shape) / 255, taken
 
 
 # Short runs: the encoder moves fast, and an average over a hundred steps would come late.
 DECAY = 0.9
 # Ways to train a discrete code, for the comparison on the digits: 32 codes each, and whether they start by k-means.
 VARIANTS: dict[str, tuple[Callable[[], VectorQuantizer | FSQ], bool]] = {
-    "moving average": (lambda: VectorQuantizer(32, 2, decay=DECAY, revive_below=1.0), True),
+    "moving average": (lambda: VectorQuantizer(32, 4, decay=DECAY, revive_below=1.0), True),
     "its memory ten times as long": (
-        lambda: VectorQuantizer(32, 2, decay=0.99, revive_below=1.0),
+        lambda: VectorQuantizer(32, 4, decay=0.99, revive_below=1.0),
         True,
     ),
-    "random start, no revival": (lambda: VectorQuantizer(32, 2, decay=DECAY), False),
+    "random start, no revival": (lambda: VectorQuantizer(32, 4, decay=DECAY), False),
     "random start, revival": (
-        lambda: VectorQuantizer(32, 2, decay=DECAY, revive_below=1.0),
+        lambda: VectorQuantizer(32, 4, decay=DECAY, revive_below=1.0),
         False,
     ),
-    "gradient": (lambda: VectorQuantizer(32, 2, decay=None), True),
+    "gradient": (lambda: VectorQuantizer(32, 4, decay=None), True),
     "rotation": (
-        lambda: VectorQuantizer(32, 2, decay=DECAY, revive_below=1.0, estimator=rotate_through),
+        lambda: VectorQuantizer(32, 4, decay=DECAY, revive_below=1.0, estimator=rotate_through),
         True,
     ),
     "FSQ, 8 × 4": (lambda: FSQ([8, 4]), False),
@@ -277,8 +302,7 @@ def compare_variants(seeds: int, steps: int, seed: int) -> dict[str, dict[str, l
 
     Returns:
         By variant, lists over seeds: "MSE" and "perplexity" of the test images, "used": codes that occur there. The
-        baselines "blocks" (k-means of 2 × 2 pixels) and "afterwards" (k-means of a plain autoencoder's vectors) have
-        "MSE" only.
+        baselines, k-means of blocks of 2 × 2 pixels and of a plain autoencoder's vectors, have "MSE" only.
     """
     found: dict[str, dict[str, list[float]]] = {}
 
@@ -289,12 +313,13 @@ def compare_variants(seeds: int, steps: int, seed: int) -> dict[str, dict[str, l
 
     for s in range(seed, seed + seeds):
         train, held_out, test = digit_images(s)
-        note("blocks", MSE=F.mse_loss(block_k_means(train, test, 32, s), test))
-        seed_everything(s)
-        plain = VQVAE(None, width=32, dim=2)
-        learn(plain, train, held_out, steps=steps)
-        afterwards = quantize_afterwards(plain, train, test, 32, s)
-        note("afterwards", MSE=F.mse_loss(afterwards, test))
+        note("k-means of blocks", MSE=F.mse_loss(block_k_means(train, test, 32, s), test))
+        for dim in (2, 4):
+            seed_everything(s)
+            plain = VQVAE(None, width=32, dim=dim)
+            learn(plain, train, held_out, steps=steps)
+            afterwards = quantize_afterwards(plain, train, test, 32, s)
+            note(f"k-means afterwards, {dim} coordinates", MSE=F.mse_loss(afterwards, test))
         for name, (make, k_means) in VARIANTS.items():
             seed_everything(s)
             quantizer = make()
