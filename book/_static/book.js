@@ -162,7 +162,6 @@
       title.querySelector(".toggle-button")?.setAttribute("aria-label", `Show or hide: ${name}`);
     }
     searched();
-    toMark(); // and once more when everything has its size
   });
 
   window.addEventListener("load", async () => {
