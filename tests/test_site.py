@@ -429,6 +429,9 @@ def test_a_chapter_loads_little_and_shows_sharp_figures(page, name):
 @pytest.mark.browser
 def test_search_finds_a_word_and_leads_to_it(visit):
     page = visit("search.html?q=dequantization")
+    # A slow machine, on which Sphinx marks the words after the page has loaded.
+    slow = page.context.new_cdp_session(page)
+    slow.send("Emulation.setCPUThrottlingRate", {"rate": 4})
     link = page.locator("#search-results ul.search li a[href*='02_nice']").first
     link.wait_for()
     link.click()

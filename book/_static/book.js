@@ -91,13 +91,16 @@
     }
   };
 
-  // A search leads to the word, not to the top of a long page.
+  // A search leads to the word, not to the top of a long page. Sphinx marks words 10 ms after it is asked to, which may
+  // be after the page has loaded; timers of one delay go off in the order in which they were set.
+  let marked = Promise.resolve();
   const searched = () => {
     if (document.querySelector("#search-results") || typeof SphinxHighlight === "undefined") return;
     const container = document.querySelector(".bd-article-container");
     if (!container) return;
     container.classList.add("body"); // where Sphinx looks for words
     SphinxHighlight.highlightSearchWords();
+    marked = new Promise((done) => setTimeout(done, 10));
     container.classList.remove("body");
   };
   const toMark = () => {
@@ -172,6 +175,7 @@
         equations.push({ node, whole: node, tex: item.math, size: parseFloat(node.style.fontSize) || 100 });
     }
     fit();
+    await marked;
     toMark();
     let width = innerWidth, timer;
     window.addEventListener("resize", () => {
