@@ -32,6 +32,7 @@ from noise2tokens.sequence_packing.experiment import arrange, decoder, functions
 from noise2tokens.sequence_packing.layout import pad_batch
 from noise2tokens.sequence_packing.patch import without_padding
 from noise2tokens.transformer import Config, Decoder, generate, next_token_loss
+from noise2tokens.vq_vae.quantizers import FSQ, VectorQuantizer
 
 Calls = dict[str, Callable[[], Any]]
 CASES: dict[tuple[str, str], Callable[[], Calls]] = {}
@@ -213,6 +214,61 @@ def ddim() -> Calls:
         return y
 
     return {"diffusers": theirs, "ours": lambda: ddim_sample(network, chain, x, steps)}
+
+
+@case(
+    "07_vq_vae",
+    "512 codes of 64 dimensions follow 8192 vectors: a step with gradient",
+    8192,
+    64,
+    512,
+)
+@case(
+    "07_vq_vae", "32 codes of 4 dimensions follow 1024 vectors: a step with gradient", 1024, 4, 32
+)
+def quantizer(n: int, dim: int, codes: int) -> Calls:
+    from vector_quantize_pytorch import VectorQuantize
+
+    z, weight = torch.randn(n, dim, requires_grad=True), torch.randn(n, dim)
+    ours = VectorQuantizer(codes, dim)
+    theirs = VectorQuantize(
+        dim,
+        codes,
+        decay=0.99,
+        commitment_weight=0.25,
+        rotation_trick=False,
+        threshold_ema_dead_code=0,
+    )
+    with torch.no_grad():  # they start alike, and each goes on by itself
+        theirs._codebook.embed.copy_(ours.codebook[None])
+        theirs._codebook.embed_avg.copy_(ours.codebook[None])
+
+    def step(values: Tensor, loss: Tensor) -> float:
+        (z.grad,) = torch.autograd.grad((values * weight).mean() + loss, z)
+        return loss.item()
+
+    def library() -> float:
+        values, _, loss = theirs(z[None])
+        return step(values[0], loss.squeeze())
+
+    def own() -> float:
+        values, _, loss = ours(z)
+        ours.move()
+        return step(values, loss)
+
+    return {"vector-quantize-pytorch": library, "ours": own}
+
+
+@case("07_vq_vae", "finite scalar quantization, 8 × 6 × 5 levels, 8192 vectors")
+def finite() -> Calls:
+    from vector_quantize_pytorch import FSQ as Theirs
+
+    z = torch.randn(8192, 3)
+    ours, theirs = FSQ([8, 6, 5]), Theirs([8, 6, 5])
+    return {
+        "vector-quantize-pytorch": lambda: theirs(z[None])[0][0],
+        "ours": lambda: ours(z).values,
+    }
 
 
 @case("09_gradient_checkpointing", "each of 8 blocks recomputed, as a function", True)

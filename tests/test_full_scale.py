@@ -38,6 +38,10 @@ SLICES: dict[str, dict] = {
         student_steps=2, batch_size=8, width=8, pairs=12, samples=41,
         test_images=60, classifier_steps=3, counts=(1, 2), tolerance=0.1,
     ),
+    "07_vq_vae": dict(
+        seeds=1, digit_steps=2, steps=2, batch_size=8, width=8, prior_steps=2, prior_width=16,
+        prior_layers=1, samples=41, test_images=40, classifier_steps=2,
+    ),
     "08_flash_attention": dict(
         lengths=(16,), dims=(8,), tokens=32, width=16, seconds=0.005, gpt2=(1, 2, 64, 16), memory_lengths=(64,),
         doubling=(16, 32), limit=1e9, sweep=(),

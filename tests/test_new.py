@@ -16,7 +16,7 @@ from tools import inputs, new
 
 @pytest.fixture
 def book(root, tmp_path) -> Path:
-    """A copy of the repository without its notebooks."""
+    """A copy of the repository without its notebooks, as it was before chapter 7 was written."""
     for name in ("chapters", "src", "tools", "tests"):
         shutil.copytree(
             root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -26,6 +26,18 @@ def book(root, tmp_path) -> Path:
         shutil.copy(root / name, tmp_path / name)
     for name in ("index.md", "references.bib"):
         shutil.copy(root / "book" / name, tmp_path / "book" / name)
+    shutil.rmtree(tmp_path / "src" / inputs.PACKAGE / "vq_vae")
+    for path in [tmp_path / "chapters/07_vq_vae.md", tmp_path / "tests/test_vq_vae.py"]:
+        path.unlink()
+    for name, pattern, before in (
+        ("_toc.yml", r"      - file: book/07_vq_vae\n.*\n", ""),
+        ("book/index.md", r"\| 7 \| .* \| (How do you train.*) \| ready \|", r"| 7 | VQ-VAE | \1 | in preparation |"),
+        ("pyproject.toml", r'"vq_vae"', '"(vq_vae)"'),
+        ("tests/test_full_scale.py", r'    "07_vq_vae": dict\((?:\n        .*)*\n    \),\n', ""),
+    ):  # fmt: skip
+        text, found = re.subn(pattern, before, (tmp_path / name).read_text())
+        assert found == 1, name
+        (tmp_path / name).write_text(text)
     return tmp_path
 
 
@@ -36,7 +48,7 @@ def run(book: Path, *words: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("chapter", ["07_vq_vae", "11_scaling_laws", "18_one_more"])
+@pytest.mark.parametrize("chapter", ["07_vq_vae", "18_one_more"])
 def test_a_new_chapter_is_listed_everywhere_and_in_order(book, chapter):
     before = {path: path.read_bytes() for path in book.rglob("*") if path.is_file()}
     touched = new.make(chapter, root=book)

@@ -47,6 +47,18 @@ def nearest(z: Float[Tensor, "*B d"], codebook_Cd: Float[Tensor, "C d"]) -> Int6
     return distance_NC.argmin(1).view(z.shape[:-1])
 
 
+def k_means(vectors_Nd: Float[Tensor, "N d"], codes: int, seed: int) -> Float[Tensor, "{codes} d"]:
+    """Return the means that k-means finds, on the vectors' device.
+
+    Raises:
+        ValueError: If there are fewer vectors than codes, or one is not finite.
+    """
+    if len(vectors_Nd) < codes or not vectors_Nd.isfinite().all():
+        raise ValueError(f"need {codes} finite vectors or more, got {tuple(vectors_Nd.shape)}")
+    fitted = KMeans(codes, n_init=1, random_state=seed).fit(vectors_Nd.float().cpu().numpy())
+    return torch.from_numpy(fitted.cluster_centers_).to(vectors_Nd)
+
+
 def straight_through(
     z: Float[Tensor, "*B d"], values: Float[Tensor, "*B d"]
 ) -> Float[Tensor, "*B d"]:
@@ -175,11 +187,8 @@ class VectorQuantizer(nn.Module):
             ValueError: If there are fewer vectors than codes, or one is not finite.
         """
         z_Nd = z.reshape(-1, self.dim)
-        if len(z_Nd) < self.codes or not z_Nd.isfinite().all():
-            raise ValueError(f"need {self.codes} finite vectors or more, got {tuple(z.shape)}")
-        means = KMeans(self.codes, n_init=1, random_state=seed).fit(z_Nd.float().cpu().numpy())
-        self.codebook.copy_(torch.from_numpy(means.cluster_centers_))
-        self.counts_C.copy_(torch.from_numpy(means.labels_).bincount(minlength=self.codes))
+        self.codebook.copy_(k_means(z_Nd, self.codes, seed))
+        self.counts_C.copy_(nearest(z_Nd, self.codebook).bincount(minlength=self.codes))
         if self.decay is not None:
             self.sums_Cd.copy_(self.codebook * self.counts_C[:, None])
 

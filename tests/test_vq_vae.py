@@ -632,7 +632,7 @@ def test_learning_lowers_the_error_and_moves_codes():
     assert history.validation[-1] < 0.6 * history.validation[0]
     starts = VQVAE(VectorQuantizer(16, 2, decay=0.9), width=16)
     before = starts.quantizer.codebook.clone()
-    experiment.learn(starts, train, held_out, steps=1, k_means=False)
+    experiment.learn(starts, train, held_out, steps=1, fit_codes=False)
     moved = (starts.quantizer.codebook - before).norm(dim=1)
     assert (moved > 1e-3).any()
 
@@ -748,5 +748,9 @@ def test_a_slice_of_the_long_run_holds_true_values(fake_mnist):
     assert all(0.1 <= found["confidence"] <= 1 for found in samples.values())
     assert "distance" not in samples["test images"]
     assert samples["training images"]["distance"] < samples["VQ, unigram"]["distance"]
+    squares = results["photographs"]
+    assert squares["bits a pixel"] == pytest.approx(squares["gated PixelCNN"] / 16 / math.log(2))
+    assert 5 < squares["PSNR, dB"] < 40 and 1 <= squares["perplexity"] <= squares["used"] <= 128
+    assert len(pictures) == 2
     for figure in pictures.values():
         figure.clf()

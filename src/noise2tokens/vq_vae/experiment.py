@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float, Int, Real, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.cluster import KMeans
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from noise2tokens.display import image_rows
 from noise2tokens.distribution_transforms.distances import frechet_distance
-from noise2tokens.images import digits, mnist, split
+from noise2tokens.images import digits, mnist, photographs, split
 from noise2tokens.networks import confidence, train_classifier
 from noise2tokens.training import History, fit, seed_everything
 from noise2tokens.transformer import Config
@@ -30,6 +29,7 @@ from noise2tokens.vq_vae.priors import (
 from noise2tokens.vq_vae.quantizers import (
     FSQ,
     VectorQuantizer,
+    k_means,
     nearest,
     perplexity,
     rotate_through,
@@ -55,7 +55,8 @@ def learn(
     seed: int = 0,
     batch_size: int = 64,
     learning_rate: float | int = 3e-3,
-    k_means: bool = True,
+    fit_codes: bool = True,
+    after_step: Callable[[int], None] = lambda _: None,
 ) -> History:
     """Train an autoencoder, with a quantizer that starts by k-means and moves after every step if it has codes.
 
@@ -67,16 +68,23 @@ def learn(
         seed: Of the k-means.
         batch_size: Images a step.
         learning_rate: The highest.
-        k_means: Whether codes start by k-means.
+        fit_codes: Whether codes start by k-means.
+        after_step: Called with the number of the step, after the codes have moved.
 
     Returns:
         The curve.
     """
     quantizer = model.quantizer
     has_codes = isinstance(quantizer, VectorQuantizer)
-    if has_codes and k_means:
+    if has_codes and fit_codes:
         with torch.no_grad():
             quantizer.start(model.vectors(images[:START_IMAGES]), seed)
+
+    def move(step: int) -> None:
+        if has_codes:
+            quantizer.move()
+        after_step(step)
+
     return fit(
         model,
         lambda x: vqvae_loss(model, x),
@@ -86,7 +94,7 @@ def learn(
         learning_rate=learning_rate,
         validate=lambda: F.mse_loss(model(held_out)[0], held_out),
         validate_every=max(1, steps // 8),
-        after_step=(lambda _: quantizer.move()) if has_codes else None,
+        after_step=move,
         label="autoencoder",
     )
 
@@ -152,8 +160,7 @@ def block_k_means(
     def blocks(x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, 2).movedim(1, -1)
 
-    means = KMeans(codes, n_init=1, random_state=seed).fit(blocks(images).flatten(0, 2).numpy())
-    codebook = torch.from_numpy(means.cluster_centers_)
+    codebook = k_means(blocks(images).flatten(0, 2), codes, seed)
     return F.pixel_shuffle(codebook[nearest(blocks(held_out), codebook)].movedim(-1, 1), 2)
 
 
@@ -169,9 +176,7 @@ def quantize_afterwards(
 
     The quantizer that the autoencoder was trained with, if any, is passed by.
     """
-    vectors = model.vectors(images).flatten(0, 2)
-    means = KMeans(codes, n_init=1, random_state=seed).fit(vectors.cpu().numpy())
-    codebook = torch.from_numpy(means.cluster_centers_).to(vectors)
+    codebook = k_means(model.vectors(images).flatten(0, 2), codes, seed)
     z = model.vectors(held_out)
     return model.decoder(codebook[nearest(z, codebook)].movedim(-1, 1))
 
@@ -320,11 +325,11 @@ def compare_variants(seeds: int, steps: int, seed: int) -> dict[str, dict[str, l
             learn(plain, train, held_out, steps=steps)
             afterwards = quantize_afterwards(plain, train, test, 32, s)
             note(f"k-means afterwards, {dim} coordinates", MSE=F.mse_loss(afterwards, test))
-        for name, (make, k_means) in VARIANTS.items():
+        for name, (make, fit_codes) in VARIANTS.items():
             seed_everything(s)
             quantizer = make()
             model = VQVAE(quantizer, width=32)
-            learn(model, train, held_out, steps=steps, seed=s, k_means=k_means)
+            learn(model, train, held_out, steps=steps, seed=s, fit_codes=fit_codes)
             indices = model.encode(test)
             note(
                 name,
@@ -333,6 +338,65 @@ def compare_variants(seeds: int, steps: int, seed: int) -> dict[str, dict[str, l
                 used=len(indices.unique()),
             )
     return found
+
+
+# Photographs to learn from; one to stop by, and one to test on.
+LEARNED, STOPPED_BY, TESTED = ("china", "flower", "astronaut", "rocket"), "coffee", "chelsea"
+
+
+def photograph_codes(
+    device: torch.device,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    width: int,
+    prior_steps: int,
+    prior_width: int,
+    prior_layers: int,
+) -> tuple[dict[str, float], Figure]:
+    """Describe squares of 32 × 32 gray pixels by 8 × 8 codes out of 128, and model the codes.
+
+    Args:
+        device: Where to train.
+        seed: Of the squares and both trainings.
+        steps: Steps of the autoencoder.
+        batch_size: Squares or maps a step.
+        width: Channels of the autoencoder.
+        prior_steps: Steps of the prior.
+        prior_width: Its channels.
+        prior_layers: Its layers.
+
+    Returns:
+        Of squares of a photograph that neither has seen: "PSNR, dB", "perplexity", "used"; nats a code of "shares of
+        the codes" and of the "gated PixelCNN"; "bits a pixel" of codes by the latter. A picture of samples.
+    """
+    pictures = {name: gray(picture) for name, picture in photographs().items()}
+    generator = Generator().manual_seed(seed)
+    train, held_out, test = (
+        crops([pictures[name] for name in names], n, 32, generator).to(device)
+        for names, n in ((LEARNED, 16_000), ([STOPPED_BY], 500), ([TESTED], 1000))
+    )
+    seed_everything(seed)
+    model = VQVAE(VectorQuantizer(128, 8, decay=DECAY, revive_below=1.0), width=width, halvings=2)
+    learn(model.to(device), train, held_out, steps=steps, seed=seed, batch_size=batch_size)
+    indices, kept, new = (model.encode(x) for x in (train, held_out, test))
+    prior = GatedPixelCNN(128, prior_width, prior_layers, dropout=0.1).to(device)
+    learn_prior(prior, indices, kept, steps=prior_steps, batch_size=batch_size)
+    with torch.no_grad():
+        nats = prior_loss(prior, new).item()
+    reconstruction = model.decode(new)
+    found = {
+        "PSNR, dB": psnr(reconstruction, test).item(),
+        "perplexity": perplexity(new, 128).item(),
+        "used": len(new.unique()),
+        "shares of the codes": unigram(indices, new, 128).item(),
+        "gated PixelCNN": nats,
+        "bits a pixel": nats / math.log(2) * new[0].numel() / test[0].numel(),
+    }
+    drawn = model.decode(sample(prior, 12, (8, 8), Generator(device).manual_seed(seed)))
+    rows = {"held out": test, "reconstructed": reconstruction, "gated PixelCNN": drawn}
+    return found, image_rows({name: x[:12, 0].clamp(0, 1) for name, x in rows.items()})
 
 
 BUDGETS = {
@@ -347,7 +411,7 @@ BUDGETS = {
         "prior_layers": 5,
         "samples": 1000,
         "test_images": 2000,
-        "classifier_steps": 1000,
+        "classifier_steps": 3000,
     },
     "full": {
         "seeds": 5,
@@ -381,15 +445,15 @@ def full_scale(
     test_images: int,
     classifier_steps: int,
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """Compare ways to train a code on the digits, and model MNIST in 7 × 7 codes out of 256.
+    """Compare ways to train a code on the digits; model MNIST in 7 × 7 codes out of 256, and squares of photographs.
 
     Args:
         device: Where to train on MNIST; the digits are trained on the CPU.
         seed: Of each training; the comparison counts on from it.
         seeds: Seeds of the comparison.
         digit_steps: Steps of each training of the comparison.
-        steps: Steps of each autoencoder on MNIST.
-        batch_size: Images or maps a step on MNIST.
+        steps: Steps of each autoencoder on MNIST and on photographs.
+        batch_size: Images or maps a step there.
         width: Channels of the autoencoder.
         prior_steps: Steps of each prior.
         prior_width: Channels of each prior.
@@ -401,14 +465,19 @@ def full_scale(
     Returns:
         "digits": as `compare_variants`. "codes": for each quantizer "MSE", "perplexity", "used" on the test images.
         "priors": for each quantizer and prior "nats" a code and bits per dimension of "codes", "pixels", "total".
-        "samples": for each kind of picture Fréchet "distance" of features to the test images, mean "confidence". A
-        picture of samples.
+        "samples": for each kind of picture Fréchet "distance" of features to the test images, mean "confidence".
+        "photographs": as `photograph_codes`. Pictures of samples of both.
     """
+    squares, drawn_squares = photograph_codes(
+        device, seed=seed, steps=steps, batch_size=batch_size, width=width, prior_steps=prior_steps,
+        prior_width=prior_width, prior_layers=prior_layers,
+    )  # fmt: skip
     results: dict[str, Any] = {
         "digits": compare_variants(seeds, digit_steps, seed),
         "codes": {},
         "priors": {},
         "samples": {},
+        "photographs": squares,
     }
     (images, labels), (unseen, _) = mnist(train=True), mnist(train=False)
     images, unseen = images[:, None].to(device), unseen[:test_images, None].to(device)
@@ -471,7 +540,10 @@ def full_scale(
             distance = frechet_distance(classifier.features(x), real)
             results["samples"][name]["distance"] = distance
     shown = {name: x[:10, 0] for name, x in pictures.items() if name != "training images"}
-    return results, {"MNIST: test images, reconstructions and samples": image_rows(shown)}
+    return results, {
+        "MNIST: test images, reconstructions and samples": image_rows(shown),
+        "Squares of photographs: of the cat, which is held out; reconstructions; samples": drawn_squares,
+    }
 
 
 def _some(images: Float[Tensor, "n 1 h w"], n: int, seed: int) -> Float[Tensor, "_ 1 h w"]:
