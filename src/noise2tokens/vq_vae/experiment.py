@@ -453,7 +453,7 @@ def full_scale(
         seeds: Seeds of the comparison.
         digit_steps: Steps of each training of the comparison.
         steps: Steps of each autoencoder on MNIST and on photographs.
-        batch_size: Images or maps a step there.
+        batch_size: Images or maps a step on MNIST; half of it on photographs.
         width: Channels of the autoencoder.
         prior_steps: Steps of each prior.
         prior_width: Channels of each prior.
@@ -469,7 +469,7 @@ def full_scale(
         "photographs": as `photograph_codes`. Pictures of samples of both.
     """
     squares, drawn_squares = photograph_codes(
-        device, seed=seed, steps=steps, batch_size=batch_size, width=width, prior_steps=prior_steps,
+        device, seed=seed, steps=steps, batch_size=batch_size // 2, width=width, prior_steps=prior_steps,
         prior_width=prior_width, prior_layers=prior_layers,
     )  # fmt: skip
     results: dict[str, Any] = {
