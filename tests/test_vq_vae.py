@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from noise2tokens.transformer import Config
-from noise2tokens.vq_vae import experiment, priors, quantizers
+from noise2tokens.vq_vae import autoencoder, experiment, measures, priors, quantizers
 from noise2tokens.vq_vae.autoencoder import VQVAE, discretized_logistic, fit_scale, vqvae_loss
 from noise2tokens.vq_vae.quantizers import FSQ, VectorQuantizer
 
@@ -193,16 +193,33 @@ def test_a_moving_average_without_memory_is_one_step_of_k_means():
 def test_a_start_by_k_means_survives_the_first_step():
     z = draws(500, 3)
     quantizer = VectorQuantizer(8, 3)
-    quantizer.start(z, seed=0)
+    quantizer.start(z, seed=0, batch=500)
     before = quantizer.codebook.clone()
-    assert quantizer.counts_C.sum() == 500
+    assert quantizer.counts_C.sum().item() == pytest.approx(500)
     assert len(quantizer(z).indices.unique()) == 8
     quantizer.move()
     assert (quantizer.codebook - before).abs().max() < 1e-3  # their means are where they stand
     with pytest.raises(ValueError, match="need 8 finite vectors or more"):
-        quantizer.start(z[:7], seed=0)
+        quantizer.start(z[:7], seed=0, batch=7)
     with pytest.raises(ValueError, match="finite"):
-        quantizer.start(torch.full((9, 3), math.nan), seed=0)
+        quantizer.start(torch.full((9, 3), math.nan), seed=0, batch=9)
+    with pytest.raises(ValueError, match="at least one vector"):
+        quantizer.start(z, seed=0, batch=0)
+
+
+def test_a_start_from_many_vectors_weighs_as_one_batch():
+    z = draws(2000, 3)
+    quantizer = VectorQuantizer(8, 3, decay=0.9, revive_below=1.0)
+    quantizer.start(z, seed=0, batch=100)
+    assert quantizer.counts_C.sum().item() == pytest.approx(100)
+    batch = 5 + 0.1 * z[:100]  # all the data has moved away; one code takes it
+    quantizer(batch)
+    quantizer.move()
+    for _ in range(30):
+        quantizer(batch)
+        quantizer.move()
+    # Codes of 12.5 vectors that nothing chooses fall below 1 within log(12.5) / log(1 / 0.9) = 24 batches.
+    assert (quantizer.codebook - 5).norm(dim=1).max() < 1
 
 
 def test_counts_decay_and_codes_are_averages_of_what_chose_them():
@@ -232,6 +249,7 @@ def test_dead_codes_come_back_at_vectors_of_the_batch_and_live_ones_stay(decay):
         quantizer.move(torch.Generator().manual_seed(0))
     codebook = quantizer.codebook.detach()
     assert codebook.abs().max() < 2
+    assert quantizer.counts_C.min() >= 0.95  # who was born has a count to live on
     assert (codebook[0] - torch.tensor([0.0, 0.1])).abs().max() < 0.11
     known = {tuple(row) for row in z.tolist()}
     if decay is None:
@@ -404,6 +422,14 @@ def test_an_image_becomes_a_map_of_codes_and_an_image_again(channels, halvings, 
     torch.testing.assert_close(
         model.decode(indices, batch_size=2), reconstruction, atol=1e-5, rtol=1e-5
     )
+
+
+def test_a_residual_block_adds_to_its_input():
+    block = autoencoder.Residual(4)
+    nn.init.zeros_(block.body[-1].weight)
+    nn.init.constant_(block.body[-1].bias, 0.5)
+    x = draws(2, 4, 5, 5)
+    torch.testing.assert_close(block(x), x + 0.5)
 
 
 def test_an_autoencoder_without_a_quantizer():
@@ -609,17 +635,17 @@ def test_gates_and_dropout():
 
 def test_blocks_and_vectors_are_replaced_by_the_means_of_k_means():
     train, _, test = experiment.digit_images(0)
-    found = experiment.block_k_means(train, test[:20], 4, seed=0)
+    found = measures.block_k_means(train, test[:20], 4, seed=0)
     blocks = {tuple(b) for b in F.pixel_unshuffle(found, 2).movedim(1, -1).reshape(-1, 4).tolist()}
     assert found.shape == test[:20].shape and len(blocks) <= 4
-    more = experiment.block_k_means(train, test, 32, seed=0)
+    more = measures.block_k_means(train, test, 32, seed=0)
     assert F.mse_loss(more, test) < 0.5 * F.mse_loss(
-        experiment.block_k_means(train, test, 4, 0), test
+        measures.block_k_means(train, test, 4, 0), test
     )
     model = VQVAE(None, width=8, dim=2).eval()
-    exact = experiment.quantize_afterwards(model, test[:3], test[:3], 48, seed=0)
+    exact = measures.quantize_afterwards(model, test[:3], test[:3], 48, seed=0)
     torch.testing.assert_close(exact, model(test[:3])[0], atol=1e-4, rtol=1e-4)
-    coarse = experiment.quantize_afterwards(model, train, test, 4, seed=0)
+    coarse = measures.quantize_afterwards(model, train, test, 4, seed=0)
     assert (coarse - model(test)[0]).square().mean() > 0
 
 
@@ -645,16 +671,63 @@ def test_a_prior_learns_what_codes_follow_one_another():
     experiment.learn_prior(prior, maps[:500], maps[500:], steps=120, learning_rate=5e-3)
     nats = priors.prior_loss(prior, maps[500:]).item()
     assert math.log(5) / 9 - 0.02 < nats < math.log(5) / 9 + 0.1
-    assert experiment.unigram(maps[:500], maps[500:], 5).item() == pytest.approx(
-        math.log(5), abs=0.02
-    )
+    found = measures.shares_nats(measures.shares(maps[:500], 5), maps[500:])
+    assert found == pytest.approx(math.log(5), abs=0.02)
 
 
-def test_the_unigram_counts_codes_that_never_occurred():
+def test_shares_count_codes_that_never_occurred_and_tell_places_apart():
     seen = torch.zeros(1, 2, 2, dtype=torch.long)
     new = torch.tensor([[[0, 1], [1, 0]]])
+    pooled = measures.shares(seen, 2)
     expected = -(math.log(5 / 6) + math.log(1 / 6)) / 2
-    assert experiment.unigram(seen, new, 2).item() == pytest.approx(expected)
+    assert measures.shares_nats(pooled, new) == pytest.approx(expected)
+    torch.manual_seed(0)
+    maps = torch.stack([torch.randint(3, (400, 2)), 2 - torch.randint(3, (400, 2)) // 2], 1)
+    p = measures.shares(maps, 3, by_place=True)
+    for i, j, c in ((0, 0, 1), (1, 1, 0), (1, 0, 2)):
+        assert p[i, j, c].item() == pytest.approx(((maps[:, i, j] == c).sum().item() + 1) / 403)
+    torch.testing.assert_close(measures.shares(maps, 3)[0, 0], measures.shares(maps, 3)[1, 1])
+    drawn = measures.draw_shares(p, 20_000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (20_000, 2, 2)
+    torch.testing.assert_close(F.one_hot(drawn, 3).double().mean(0), p, atol=0.02, rtol=0)
+
+
+def test_counted_bits_are_those_of_a_dictionary():
+    torch.manual_seed(0)
+    seen = torch.randint(3, (200,)), torch.randint(5, (200,))
+    new = torch.randint(3, (50,)), torch.randint(5, (50,))
+    counts = {}
+    for pair in zip(*(x.tolist() for x in seen), strict=True):
+        counts[pair] = counts.get(pair, 0) + 1
+    total = 0.0
+    for c, v in zip(*(x.tolist() for x in new), strict=True):
+        of_context = sum(n for (context, _), n in counts.items() if context == c)
+        total -= math.log2((counts.get((c, v), 0) + 1) / (of_context + 5))
+    assert measures.counted_bits(seen, new, 3, 5) == pytest.approx(total / 50)
+    # A pixel that never changes costs next to nothing, one that is uniform costs log2 of its values.
+    fit_on, values = (torch.zeros(4000, 1, 1, 2, dtype=torch.long) for _ in range(2))
+    fit_on[..., 1], values[..., 1] = (torch.randint(4, (4000, 1, 1)) for _ in range(2))
+    assert measures.histogram_bits(fit_on, values, 4) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_decoder_learns_to_read_the_means():
+    torch.manual_seed(0)
+    train, held_out, test = experiment.digit_images(0)
+    model = VQVAE(None, width=16, dim=2)
+    experiment.learn(model, train, held_out, steps=100)
+    encoder = [p.clone() for p in model.encoder.parameters()]
+    before = F.mse_loss(measures.quantize_afterwards(model, train, test, 16, 0), test)
+    found = measures.decoder_afterwards(model, train, held_out, test, 16, steps=100, seed=0)
+    assert F.mse_loss(found, test) < 0.85 * before
+    assert all(map(torch.equal, encoder, model.encoder.parameters()))
+    again = measures.quantize_afterwards(model, train, test, 16, 0)
+    torch.testing.assert_close(found, again, atol=1e-5, rtol=1e-5)
+
+
+def test_a_smaller_picture_keeps_smooth_ones():
+    smooth = torch.linspace(0, 1, 32).expand(1, 1, 32, 32)
+    assert measures.psnr(measures.resized(smooth, 4, 8), smooth) > 38
+    assert measures.psnr(measures.resized(smooth, 4, 2), smooth) < 25
 
 
 def test_bits_are_those_of_the_codes_and_those_of_the_pixels():
@@ -662,7 +735,7 @@ def test_bits_are_those_of_the_codes_and_those_of_the_pixels():
     model = VQVAE(VectorQuantizer(8, 2), width=8).eval()
     prior = priors.GatedPixelCNN(8, width=8, layers=2).eval()
     values = torch.randint(0, 17, (30, 1, 8, 8))
-    found = experiment.bits_per_dim(model, prior, values, values, 17)
+    found = measures.bits_per_dim(model, prior, values, values, 17)
     indices = model.encode(values / 16)
     with torch.no_grad():
         codes = -priors.log_prob(prior, indices).mean() / (64 * math.log(2))
@@ -676,6 +749,13 @@ def test_bits_are_those_of_the_codes_and_those_of_the_pixels():
         for j in range(8)
     )
     assert found["pixels"] == pytest.approx(-by_hand.item() / (30 * 64 * math.log(2)), rel=1e-4)
+    bins = [(x.clamp(0, 1) * 32).round().long().flatten() for x in (mean, mean)]
+    flat = values.flatten()
+    counted = measures.counted_bits((bins[0], flat), (bins[1], flat), 33, 17)
+    assert found["counted"] == pytest.approx(counted, rel=1e-6)
+    # The scales are those that suit other images, so these cost more.
+    others = measures.bits_per_dim(model, prior, values // 4, values, 17)
+    assert others["pixels"] > found["pixels"] + 0.1 and others["codes"] == found["codes"]
     # A pixel of 17 values that is uniform costs log2(17) = 4.09 bits; no model may promise much less.
     assert 4.0 < found["pixels"] < 5.5
 
@@ -694,21 +774,22 @@ def test_pictures_become_gray_and_are_cut_into_squares():
     windows = torch.cat([windows, 1 - windows])
     distance = torch.cdist(squares.flatten(1), windows, compute_mode="donot_use_mm_for_euclid_dist")
     assert distance.amin(1).max() < 1e-5 and len(distance.argmin(1).unique()) > 15
+    assert 10 < (distance.argmin(1) >= len(windows) // 2).sum() < 30  # negatives
     for wrong in ([], [made[:, :2]]):
         with pytest.raises(ValueError, match="3 pixels a side"):
             experiment.crops(wrong, 1, 3, torch.Generator())
-    assert experiment.psnr(torch.zeros(4), torch.full((4,), 0.1)).item() == pytest.approx(20)
+    assert measures.psnr(torch.zeros(4), torch.full((4,), 0.1)).item() == pytest.approx(20)
 
 
 def test_jpeg_takes_no_more_bits_than_it_may_and_uses_them():
     x = torch.linspace(0, 1, 64).expand(1, 48, 64) * torch.rand(
         1, 48, 64, generator=torch.Generator().manual_seed(0)
     )
-    coarse, few = experiment.jpeg(x, 2.5)
-    fine, many = experiment.jpeg(x, 6.0)
+    coarse, few = measures.jpeg(x, 2.5)
+    fine, many = measures.jpeg(x, 6.0)
     assert few <= 2.5 < many <= 6
-    assert coarse.shape == x.shape and experiment.psnr(fine, x) > experiment.psnr(coarse, x) > 10
-    assert experiment.jpeg(x, 0.0)[1] > 0
+    assert coarse.shape == x.shape and measures.psnr(fine, x) > measures.psnr(coarse, x) > 10
+    assert measures.jpeg(x, 0.0)[1] > 0
 
 
 def test_what_the_chapter_says_of_the_library_is_so():
@@ -732,7 +813,7 @@ def test_a_slice_of_the_long_run_holds_true_values(fake_mnist):
     )  # fmt: skip
     results, pictures = experiment.full_scale(torch.device("cpu"), seed=0, **budget)
     assert set(experiment.VARIANTS) < set(results["digits"])
-    assert len(results["digits"]) == len(experiment.VARIANTS) + 3
+    assert len(results["digits"]) == len(experiment.VARIANTS) + 4
     for found in results["digits"].values():
         assert 0.001 < found["MSE"][0] < 0.5
         assert 1 <= found.get("perplexity", [1])[0] <= found.get("used", [32])[0] <= 32
@@ -746,8 +827,10 @@ def test_a_slice_of_the_long_run_holds_true_values(fake_mnist):
         assert 0 < found["nats"] < 1.2 * math.log(256)
     samples = results["samples"]
     assert all(0.1 <= found["confidence"] <= 1 for found in samples.values())
-    assert "distance" not in samples["test images"]
-    assert samples["training images"]["distance"] < samples["VQ, unigram"]["distance"]
+    assert samples["test images"]["distance"] < samples["VQ, shares"]["distance"]
+    assert 0.2 < results["accuracy"] <= 1 and 0.5 < results["histogram"] < 8
+    for found in results["codes"].values():
+        assert 0 < found["shares by place"] < 1.2 * math.log(256) > found["shares"] > 0
     squares = results["photographs"]
     assert squares["bits a pixel"] == pytest.approx(squares["gated PixelCNN"] / 16 / math.log(2))
     assert 5 < squares["PSNR, dB"] < 40 and 1 <= squares["perplexity"] <= squares["used"] <= 128

@@ -155,13 +155,12 @@ def discretized_logistic(
     """
     if levels < 2:
         raise ValueError(f"need two levels or more, got {levels}")
-    step = 1 / (levels - 1)
+    step, sharpness = 1 / (levels - 1), (-log_scale).exp()
     low, high = (
-        (values.to(mean.dtype) * step + half - mean) * (-log_scale).exp()
-        for half in (-step / 2, step / 2)
+        (values.to(mean.dtype) * step + half - mean) * sharpness for half in (-step / 2, step / 2)
     )
     # log(σ(b) - σ(a)) = log σ(b) + log σ(-a) + log(1 - e^(a-b)), without a difference of numbers that are both near 1.
-    inside = F.logsigmoid(high) + F.logsigmoid(-low) + (-(low - high).expm1()).log()
+    inside = F.logsigmoid(high) + F.logsigmoid(-low) + (-(-step * sharpness).expm1()).log()
     outer = torch.where(values == 0, F.logsigmoid(high), F.logsigmoid(-low))
     return torch.where((values > 0) & (values < levels - 1), inside, outer)
 

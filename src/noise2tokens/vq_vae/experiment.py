@@ -1,14 +1,12 @@
-"""Codes of digits, photographs and MNIST, models of the codes, and what each of them is worth in bits."""
+"""Codes of digits, photographs and MNIST, and models of the codes, trained."""
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Real, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -18,19 +16,23 @@ from noise2tokens.images import digits, mnist, photographs, split
 from noise2tokens.networks import confidence, train_classifier
 from noise2tokens.training import History, fit, seed_everything
 from noise2tokens.transformer import Config
-from noise2tokens.vq_vae.autoencoder import VQVAE, discretized_logistic, fit_scale, vqvae_loss
-from noise2tokens.vq_vae.priors import (
-    GatedPixelCNN,
-    TransformerPrior,
-    log_prob,
-    prior_loss,
-    sample,
+from noise2tokens.vq_vae.autoencoder import VQVAE, vqvae_loss
+from noise2tokens.vq_vae.measures import (
+    bits_per_dim,
+    block_k_means,
+    decoder_afterwards,
+    draw_shares,
+    histogram_bits,
+    psnr,
+    quantize_afterwards,
+    resized,
+    shares,
+    shares_nats,
 )
+from noise2tokens.vq_vae.priors import GatedPixelCNN, TransformerPrior, prior_loss, sample
 from noise2tokens.vq_vae.quantizers import (
     FSQ,
     VectorQuantizer,
-    k_means,
-    nearest,
     perplexity,
     rotate_through,
 )
@@ -78,7 +80,9 @@ def learn(
     has_codes = isinstance(quantizer, VectorQuantizer)
     if has_codes and fit_codes:
         with torch.no_grad():
-            quantizer.start(model.vectors(images[:START_IMAGES]), seed)
+            vectors = model.vectors(images[:START_IMAGES])
+            places = vectors[0, ..., 0].numel()
+            quantizer.start(vectors, seed, min(batch_size, len(images)) * places)
 
     def move(step: int) -> None:
         if has_codes:
@@ -135,90 +139,6 @@ def learn_prior(
     )
 
 
-def unigram(
-    indices: Int[Tensor, "n m k"], held_out: Int[Tensor, "l m k"], codes: int
-) -> Float[Tensor, ""]:
-    """Return nats a code of the simplest model: every place draws from the same shares, learned with one count added.
-
-    Args:
-        indices: Maps to count.
-        held_out: Maps to score.
-        codes: C.
-    """
-    counts = indices.flatten().bincount(minlength=codes) + 1
-    return -(counts / counts.sum()).log()[held_out].mean()
-
-
-def block_k_means(
-    images: Float[Tensor, "n 1 h w"], held_out: Float[Tensor, "k 1 h w"], codes: int, seed: int
-) -> Float[Tensor, "k 1 h w"]:
-    """Return what is left of images whose blocks of 2 × 2 pixels are replaced by the nearest of so many blocks.
-
-    Vector quantization without a network (Linde, Buzo and Gray 1980).
-    """
-
-    def blocks(x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(x, 2).movedim(1, -1)
-
-    codebook = k_means(blocks(images).flatten(0, 2), codes, seed)
-    return F.pixel_shuffle(codebook[nearest(blocks(held_out), codebook)].movedim(-1, 1), 2)
-
-
-@torch.no_grad()
-def quantize_afterwards(
-    model: VQVAE,
-    images: Float[Tensor, "n c h w"],
-    held_out: Float[Tensor, "k c h w"],
-    codes: int,
-    seed: int,
-) -> Float[Tensor, "k c h w"]:
-    """Return reconstructions of a trained autoencoder whose vectors are replaced by means of k-means.
-
-    The quantizer that the autoencoder was trained with, if any, is passed by.
-    """
-    codebook = k_means(model.vectors(images).flatten(0, 2), codes, seed)
-    z = model.vectors(held_out)
-    return model.decoder(codebook[nearest(z, codebook)].movedim(-1, 1))
-
-
-@torch.no_grad()
-def bits_per_dim(
-    model: VQVAE,
-    prior: nn.Module,
-    fit_on: Real[Tensor, "n c h w"],
-    values: Real[Tensor, "k c h w"],
-    levels: int,
-) -> dict[str, float]:
-    """Return what it costs to send integer images as codes and, given those, pixels.
-
-    -log p(x) ≤ -log P(k) - log p(x | k) for the codes k that the encoder chooses. The pixels of an image are
-    independent given its codes, with a logistic distribution around the reconstruction whose scale, one for each pixel,
-    is fitted on training images.
-
-    Args:
-        model: Trained on values / (levels - 1).
-        prior: Trained on its maps of codes.
-        fit_on: Training images, integers, to fit the scales on.
-        values: Images to score, integers.
-        levels: How many values a pixel takes.
-
-    Returns:
-        Bits for each pixel and channel: "codes", "pixels" and their sum, "total".
-    """
-
-    def reconstruction(x: Tensor) -> Tensor:
-        return model.decode(model.encode(x / (levels - 1)))
-
-    log_scale = fit_scale(fit_on, reconstruction(fit_on), levels)
-    indices = model.encode(values / (levels - 1))
-    mean = model.decode(indices)
-    dim = values[0].numel() * math.log(2)
-    codes = torch.cat([-log_prob(prior, part) for part in indices.split(500)]).mean().item() / dim
-    log_pixels = discretized_logistic(values, mean, log_scale[None], levels)
-    pixels = -log_pixels.flatten(1).sum(1).mean().item() / dim
-    return {"codes": codes, "pixels": pixels, "total": codes + pixels}
-
-
 def gray(picture: UInt8[Tensor, "_ _ 3"], multiple: int = 4) -> Float[Tensor, "1 h w"]:
     """Return the mean of the colors in [0, 1], cut to sizes that are divisible by a number."""
     height, width = (side // multiple * multiple for side in picture.shape[:2])
@@ -256,29 +176,6 @@ def crops(
     return torch.stack(squares)
 
 
-def psnr(reconstruction: Float[Tensor, "*shape"], x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Return the peak signal-to-noise ratio of images in [0, 1], in decibels: -10 log₁₀ of the mean squared error."""
-    return -10 * F.mse_loss(reconstruction, x).log10()
-
-
-def jpeg(x: Float[Tensor, "1 h w"], bits: float) -> tuple[Float[Tensor, "1 h w"], float]:
-    """Compress a gray picture by JPEG to at most so many bits a pixel.
-
-    Returns:
-        The picture after it, and the bits a pixel that it took: at the best quality that fits, or, where none does, at
-        the lowest.
-    """
-    image = Image.fromarray((x[0].clamp(0, 1) * 255).round().byte().numpy())
-    for quality in range(95, -1, -1):
-        file = io.BytesIO()
-        image.save(file, "jpeg", quality=quality, optimize=True)
-        taken = 8 * file.tell() / x.numel()
-        if taken <= bits:
-            break
-    shown = torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8)
-    return shown.view(x.shape) / 255, taken
-
-
 # Short runs: the encoder moves fast, and an average over a hundred steps would come late.
 DECAY = 0.9
 # Ways to train a discrete code, for the comparison on the digits: 32 codes each, and whether they start by k-means.
@@ -288,6 +185,7 @@ VARIANTS: dict[str, tuple[Callable[[], VectorQuantizer | FSQ], bool]] = {
         lambda: VectorQuantizer(32, 4, decay=0.99, revive_below=1.0),
         True,
     ),
+    "k-means start, no revival": (lambda: VectorQuantizer(32, 4, decay=DECAY), True),
     "random start, no revival": (lambda: VectorQuantizer(32, 4, decay=DECAY), False),
     "random start, revival": (
         lambda: VectorQuantizer(32, 4, decay=DECAY, revive_below=1.0),
@@ -307,7 +205,8 @@ def compare_variants(seeds: int, steps: int, seed: int) -> dict[str, dict[str, l
 
     Returns:
         By variant, lists over seeds: "MSE" and "perplexity" of the test images, "used": codes that occur there. The
-        baselines, k-means of blocks of 2 × 2 pixels and of a plain autoencoder's vectors, have "MSE" only.
+        baselines have "MSE" only: k-means of blocks of 2 × 2 pixels, k-means of a plain autoencoder's vectors, and that
+        with half as many steps again for the decoder alone, which then reads means.
     """
     found: dict[str, dict[str, list[float]]] = {}
 
@@ -325,6 +224,11 @@ def compare_variants(seeds: int, steps: int, seed: int) -> dict[str, dict[str, l
             learn(plain, train, held_out, steps=steps)
             afterwards = quantize_afterwards(plain, train, test, 32, s)
             note(f"k-means afterwards, {dim} coordinates", MSE=F.mse_loss(afterwards, test))
+            if dim == 2:
+                anew = decoder_afterwards(
+                    plain, train, held_out, test, 32, steps=steps // 2, seed=s
+                )
+                note("and its decoder trained on", MSE=F.mse_loss(anew, test))
         for name, (make, fit_codes) in VARIANTS.items():
             seed_everything(s)
             quantizer = make()
@@ -368,8 +272,9 @@ def photograph_codes(
         prior_layers: Its layers.
 
     Returns:
-        Of squares of a photograph that neither has seen: "PSNR, dB", "perplexity", "used"; nats a code of "shares of
-        the codes" and of the "gated PixelCNN"; "bits a pixel" of codes by the latter. A picture of samples.
+        Of squares of a photograph that neither has seen: "PSNR, dB", the same of the squares "resized" at as many bits,
+        "perplexity", "used"; nats a code of "shares of the codes" and of the "gated PixelCNN"; "bits a pixel" of codes
+        by the latter. A picture of samples.
     """
     pictures = {name: gray(picture) for name, picture in photographs().items()}
     generator = Generator().manual_seed(seed)
@@ -388,9 +293,10 @@ def photograph_codes(
     reconstruction = model.decode(new)
     found = {
         "PSNR, dB": psnr(reconstruction, test).item(),
+        "resized": psnr(resized(test, 4, 7), test).item(),
         "perplexity": perplexity(new, 128).item(),
         "used": len(new.unique()),
-        "shares of the codes": unigram(indices, new, 128).item(),
+        "shares of the codes": shares_nats(shares(indices, 128), new),
         "gated PixelCNN": nats,
         "bits a pixel": nats / math.log(2) * new[0].numel() / test[0].numel(),
     }
@@ -423,7 +329,7 @@ BUDGETS = {
         "prior_width": 128,
         "prior_layers": 8,
         "samples": 10_000,
-        "test_images": 10_000,
+        "test_images": 5000,
         "classifier_steps": 3000,
     },
 }
@@ -459,14 +365,15 @@ def full_scale(
         prior_width: Channels of each prior.
         prior_layers: Layers of each prior.
         samples: Samples of each for the classifier to read.
-        test_images: Test images that are scored; what samples are compared with.
+        test_images: Test images that are scored; samples are compared with as many others.
         classifier_steps: Steps of the classifier's own training.
 
     Returns:
-        "digits": as `compare_variants`. "codes": for each quantizer "MSE", "perplexity", "used" on the test images.
-        "priors": for each quantizer and prior "nats" a code and bits per dimension of "codes", "pixels", "total".
-        "samples": for each kind of picture Fréchet "distance" of features to the test images, mean "confidence".
-        "photographs": as `photograph_codes`. Pictures of samples of both.
+        "digits": as `compare_variants`. "codes": for each quantizer "MSE", "perplexity", "used" on the test images, and
+        nats a code of "shares" and "shares by place". "priors": for each quantizer and prior "nats" a code and bits per
+        dimension as `bits_per_dim`; "histogram": bits per dimension of `histogram_bits`. "samples": for each kind of
+        picture Fréchet "distance" of features to other test images, mean "confidence". "accuracy": of that classifier
+        on the test images. "photographs": as `photograph_codes`. Pictures of samples of both.
     """
     squares, drawn_squares = photograph_codes(
         device, seed=seed, steps=steps, batch_size=batch_size // 2, width=width, prior_steps=prior_steps,
@@ -479,12 +386,15 @@ def full_scale(
         "samples": {},
         "photographs": squares,
     }
-    (images, labels), (unseen, _) = mnist(train=True), mnist(train=False)
-    images, unseen = images[:, None].to(device), unseen[:test_images, None].to(device)
+    (images, labels), (unseen, classes) = mnist(train=True), mnist(train=False)
+    order = torch.randperm(len(unseen), generator=Generator().manual_seed(seed))[: 2 * test_images]
+    others, classes = unseen[order[test_images:], None].to(device), classes[order[:test_images]]
+    images, unseen = images[:, None].to(device), unseen[order[:test_images], None].to(device)
+    results["histogram"] = histogram_bits(images[:20_000], unseen, 256)
     held_out = min(1000, len(images) // 10)
     train, validation = images[:-held_out] / 255, images[-held_out:] / 255
     test = unseen / 255
-    pictures = {"test images": test, "training images": _some(train, samples, seed)}
+    pictures = {"test images": test}
     quantizers = {
         "VQ": VectorQuantizer(256, 8, decay=DECAY, revive_below=1.0),
         "FSQ, 8 × 6 × 5": FSQ([8, 6, 5]),
@@ -500,7 +410,6 @@ def full_scale(
             "MSE": F.mse_loss(reconstruction, test),
             "perplexity": perplexity(new, quantizer.codes),
             "used": len(new.unique()),
-            "unigram": unigram(indices, new, quantizer.codes),
         }
         pictures[f"{name}, reconstructed"] = reconstruction
         kinds: dict[str, Callable[[], nn.Module]] = {
@@ -525,27 +434,24 @@ def full_scale(
                 else sample(prior, samples, shape, generator)
             )
             pictures[f"{name}, {kind}"] = model.decode(drawn)
-        shares = indices.flatten().bincount(minlength=quantizer.codes).double()
-        drawn = torch.multinomial(
-            shares, samples * new[0].numel(), replacement=True, generator=generator
-        )
-        pictures[f"{name}, unigram"] = model.decode(drawn.view(samples, *new.shape[1:]))
+        for kind, by_place in (("shares", False), ("shares by place", True)):
+            p = shares(indices, quantizer.codes, by_place=by_place)
+            results["codes"][name][kind] = shares_nats(p, new)
+            pictures[f"{name}, {kind}"] = model.decode(draw_shares(p, samples, generator))
     classifier = train_classifier(
         images / 255, labels.to(device), steps=classifier_steps, batch_size=64
     )
-    real = classifier.features(test)
+    with torch.no_grad():
+        right = classifier(test).argmax(1).cpu() == classes
+    results["accuracy"] = right.double().mean()
+    real = classifier.features(others / 255)
     for name, x in pictures.items():
-        results["samples"][name] = {"confidence": confidence(classifier, x).mean()}
-        if name != "test images":
-            distance = frechet_distance(classifier.features(x), real)
-            results["samples"][name]["distance"] = distance
-    shown = {name: x[:10, 0] for name, x in pictures.items() if name != "training images"}
+        results["samples"][name] = {
+            "confidence": confidence(classifier, x).mean(),
+            "distance": frechet_distance(classifier.features(x), real),
+        }
+    shown = {name: x[:10, 0] for name, x in pictures.items()}
     return results, {
         "MNIST: test images, reconstructions and samples": image_rows(shown),
         "Squares of photographs: of the cat, which is held out; reconstructions; samples": drawn_squares,
     }
-
-
-def _some(images: Float[Tensor, "n 1 h w"], n: int, seed: int) -> Float[Tensor, "_ 1 h w"]:
-    order = torch.randperm(len(images), generator=Generator().manual_seed(seed))[:n]
-    return images[order.to(images.device)]

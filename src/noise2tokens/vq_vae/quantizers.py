@@ -176,19 +176,24 @@ class VectorQuantizer(nn.Module):
         return self.codebook[indices]
 
     @torch.no_grad()
-    def start(self, z: Float[Tensor, "*B d"], seed: int) -> None:
-        """Put the codes where k-means puts them for these vectors.
+    def start(self, z: Float[Tensor, "*B d"], seed: int, batch: int) -> None:
+        """Put the codes where k-means puts them for these vectors, with the weight of one batch.
 
         Args:
             z: Vectors, at least as many as codes; some thousands are enough.
             seed: Of the k-means.
+            batch: How many vectors a batch will have. Counts that add up to more would outvote the batches for
+                log(total / batch) / log(1 / decay) steps, and no code would be seen to die.
 
         Raises:
-            ValueError: If there are fewer vectors than codes, or one is not finite.
+            ValueError: If there are fewer vectors than codes, one is not finite, or a batch has none.
         """
+        if batch < 1:
+            raise ValueError(f"a batch has at least one vector, got {batch}")
         z_Nd = z.reshape(-1, self.dim)
         self.codebook.copy_(k_means(z_Nd, self.codes, seed))
-        self.counts_C.copy_(nearest(z_Nd, self.codebook).bincount(minlength=self.codes))
+        counts_C = nearest(z_Nd, self.codebook).bincount(minlength=self.codes)
+        self.counts_C.copy_(counts_C * (batch / len(z_Nd)))
         if self.decay is not None:
             self.sums_Cd.copy_(self.codebook * self.counts_C[:, None])
 
