@@ -16,7 +16,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from noise2tokens.flash_attention import flash_attention
-from noise2tokens.gradient_checkpointing import experiment, memory, models, schedules
+from noise2tokens.gradient_checkpointing import experiment, memory, models, pictures, schedules
 from noise2tokens.gradient_checkpointing.checkpoint import (
     checkpoint,
     checkpoint_by_hooks,
@@ -139,6 +139,30 @@ def test_spans_and_their_bad_input():
     for segments in (0, 8):
         with pytest.raises(ValueError, match=f"got {segments}"):
             schedules.equal_spans(7, segments)
+
+
+@pytest.mark.parametrize(("name", "peak", "steps"), [("segments", 7, 28), ("halves", 5, 33)])
+def test_the_picture_shows_the_peak_and_ends(name, peak, steps):
+    found = schedules.trace(both(16, 4)[name], 16)
+    states = pictures.states(found)
+    assert max(len(kept) for _, _, kept in states) == found.peak == peak
+    assert len(states) == found.forwards + 16 == steps + 16
+    for clock, end in ((len(states) - 1, ""), (len(states), ": done")):
+        figure = plt.figure()
+        pictures.draw_chains(figure, {name: states}, 16, clock)
+        texts = [text.get_text() for text in figure.axes[0].texts]
+        assert texts[:2] == [
+            f"kept {0 if end else 1}, at most {peak}",
+            f"{steps} forward, 16 back{end}",
+        ]
+        plt.close(figure)
+
+
+def test_halving_and_the_binomial_schedule_at_the_same_peak():
+    for slots in (1, 3, 5):
+        split = schedules.binomial_split(slots)
+        assert schedules.trace(schedules.recursively(128, split), 128).peak == slots + 3
+    assert schedules.trace(schedules.recursively(128), 128).peak == 8
 
 
 # Segments under a budget
@@ -288,6 +312,14 @@ def test_parameters_get_gradients_behind_an_input_that_wants_none(ours):
         assert not torchs(net, x, use_reentrant=True).requires_grad  # what people run into
 
 
+def test_the_anchor_has_what_is_frozen_run_again():
+    for ours, runs in ((checkpoint, 2), (checkpoint_by_hooks, 1)):
+        frozen, calls = nn.Linear(3, 3).requires_grad_(False), []
+        frozen.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        nn.Linear(3, 1)(ours(frozen, torch.randn(4, 3))).sum().backward()
+        assert len(calls) == runs and frozen.weight.grad is None
+
+
 @pairs
 def test_nested_checkpoints(ours, peer):
     torch.manual_seed(0)
@@ -421,6 +453,25 @@ def test_a_function_that_saves_less_the_second_time_is_noticed():
 
 
 @ways
+def test_tensors_of_integers_want_no_gradient(ours):
+    index = torch.tensor([2, 0])
+    weight = torch.randn(3, 4, requires_grad=True)
+    ours(nn.functional.embedding, index, weight).sum().backward()
+    assert torch.equal(weight.grad.sum(1), torch.tensor([4.0, 0.0, 4.0]))
+
+
+@ways
+def test_a_call_lets_go_of_its_inputs_once_they_are_used(ours):
+    x = torch.randn(1000, requires_grad=True)
+    with Timeline() as timeline:
+        loss = ours(torch.exp, x * 2).sum()
+        held = timeline.live
+        loss.backward()
+        assert held >= x.nbytes
+        assert timeline.live == x.grad.nbytes + loss.nbytes
+
+
+@ways
 def test_what_cannot_be_called_is_refused(ours):
     with pytest.raises(TypeError, match="function"):
         ours(torch.ones(2), torch.ones(2))
@@ -452,7 +503,7 @@ def activations(chain, run):
     tracker = MemTracker()
     tracker.track_external(chain)
     with tracker:
-        run(x).sum().backward()
+        run(x).square().sum().backward()
     chain.zero_grad()
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return {str(kind): size for kind, size in snapshot.items()}, x.nbytes
@@ -468,20 +519,16 @@ def segments_of(k):
     return [Segment(*span, True) for span in schedules.equal_spans(36, k)]
 
 
-def test_36_layers_keep_36_or_12_11_12(chain):
-    assert kept(chain, chain) == 36
-    for k, expected in ((4, 12), (6, 11), (9, 12)):
-        assert kept(chain, lambda x, k=k: run_segments(chain, segments_of(k), x)) == expected
-        assert (
-            kept(chain, lambda x, k=k: run_segments(chain, segments_of(k), x, reentrant))
-            == expected
-        )
-        # Hooks keep the recomputed tensors and the last one's input together.
-        by_hooks = [
+def test_36_layers_keep_one_value_more_than_the_schedule_counts(chain):
+    """That is x_n: kept by a loss whose gradient needs it, and made again by a segment that runs to its end."""
+    assert kept(chain, chain) == 37
+    for k, expected in ((1, 37), (4, 13), (6, 12), (9, 13)):
+        ways = [
             kept(chain, lambda x, k=k, how=how: run_segments(chain, segments_of(k), x, how))
-            for how in (checkpoint_by_hooks, lazily)
+            for how in (checkpoint, reentrant, checkpoint_by_hooks, lazily)
         ]
-        assert by_hooks == [expected + 1] * 2
+        # Hooks keep the recomputed tensors and the last one's input together.
+        assert ways == [expected, expected, expected + 1, expected + 1]
 
 
 def test_shrinking_segments_keep_fewer(chain):
@@ -515,7 +562,7 @@ def test_the_timeline_agrees_with_torchs_tracker(chain):
     snapshot, unit = activations(chain, chain)
     x = torch.randn(512, 32, requires_grad=True)
     with Timeline() as timeline:
-        chain(x).sum().backward()
+        chain(x).square().sum().backward()
     parameters = sum(p.nbytes for p in chain.parameters())
     there = snapshot["Total"] - parameters - unit  # made before
     chain.zero_grad()
@@ -629,6 +676,19 @@ def test_spans_that_do_not_fit_a_decoder(decoder, spans):
 
 
 # The experiment
+
+
+def test_a_step_holds_no_memory_for_gradients_of_parameters():
+    model = Decoder(Config(experiment.VOCABULARY, 64, 3, 2))
+    size = sum(p.nbytes for p in model.parameters())
+    step = experiment.training_step(model, torch.zeros(1, 9, dtype=torch.long))
+    with Timeline() as timeline:
+        step()
+    assert timeline.peak < size and timeline.live == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    before = [p.grad.data_ptr() for p in model.parameters()]
+    experiment.training_step(model, torch.zeros(1, 9, dtype=torch.long))()
+    assert [p.grad.data_ptr() for p in model.parameters()] == before
 
 
 def test_the_largest_batch_is_where_the_limit_says():

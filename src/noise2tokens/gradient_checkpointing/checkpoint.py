@@ -125,7 +125,8 @@ def checkpoint(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
     Args:
         function: Has to compute the same when it is called again. Parameters that it uses get their gradients whether
-            or not an input wants one.
+            or not an input wants one. The output wants a gradient in any case, so what is frozen from its input on
+            is run again for nothing.
         args, kwargs: What it is called with: tensors, also within lists, tuples and dictionaries, and anything else.
 
     Returns:
@@ -136,7 +137,7 @@ def checkpoint(function: Callable, *args: Any, **kwargs: Any) -> Any:
         RuntimeError: In the backward pass, if gradients are asked for by `torch.autograd.grad` or with `inputs`, twice
             differentiated, or an input was changed in place meanwhile.
 
-    Source: Chen et al. 2016, section 3; `torch.utils.checkpoint.checkpoint(use_reentrant=True)`.
+    Source: Chen et al. 2016, section 4.1, algorithm 1; `torch.utils.checkpoint.checkpoint(use_reentrant=True)`.
     """
     call = _Call(function, args, kwargs)
     if not torch.is_grad_enabled():

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from noise2tokens.benchmark import compare, peak_memory
+from noise2tokens.display import COLORS, INK
 from noise2tokens.flash_attention.experiment import memory_limit
 from noise2tokens.gradient_checkpointing.checkpoint import checkpoint_by_hooks
 from noise2tokens.gradient_checkpointing.memory import Timeline
@@ -49,11 +50,18 @@ STRATEGIES: dict[str, Callable[[Decoder], AbstractContextManager]] = {
 
 
 def training_step(model: Decoder, tokens: Tensor) -> Callable[[], None]:
-    """Make a call that goes forward and backward, and drops the gradients."""
+    """Make a call that goes forward and backward, and sets the gradients back to zero.
+
+    The parameters' gradients get their memory here and keep it, as in training that adds up gradients. So a peak
+    measured over the call alone is one of activations, and has no floor that grows with depth.
+    """
+    for p in model.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
 
     def step() -> None:
         next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)
 
     return step
 
@@ -77,7 +85,7 @@ def losses(
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that a call holds at once: by the GPU's own account, or by counting tensors on a CPU."""
+    """The most bytes that a call holds at once beyond what was there before: by the GPU's account, or by `Timeline`."""
     if device.type == "cuda":
         return peak_memory(run, device)
     with Timeline() as timeline:
@@ -168,9 +176,9 @@ def full_scale(
         seconds: How long the steps of each strategy are timed, about.
 
     Returns:
-        "peaks": for each strategy a list over `depths`, in bytes. "steps": for each strategy its seconds, its share of
-        the time of keeping all (median over alternating rounds), tokens a second, and the "largest batch". A picture of
-        the first.
+        "peaks": for each strategy a list over `depths`, in bytes beyond parameters and their gradients. "steps": for
+        each strategy its seconds, its share of the time of keeping all (median over alternating rounds), tokens a
+        second, and the "largest batch". A picture of the first.
     """
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -222,10 +230,10 @@ def _within(
 def draw_peaks(depths: Sequence[int], peaks: dict[str, list[int]]) -> Figure:
     """Draw peak memory against depth."""
     figure, ax = plt.subplots(figsize=(6.4, 3.6))
+    colors = dict(zip(STRATEGIES, [COLORS[1], COLORS[0], *COLORS[2:], INK], strict=True))
     for name, marker in zip(peaks, "osv^D<>", strict=False):
-        ax.plot(
-            depths, [value / 1e6 for value in peaks[name]], f"{marker}-", label=name, markersize=4
-        )
+        values = [value / 1e6 for value in peaks[name]]
+        ax.plot(depths, values, f"{marker}-", color=colors[name], label=name, markersize=4)
     ax.set(xlabel="layers", ylabel="peak in MB", yscale="log")
     ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure

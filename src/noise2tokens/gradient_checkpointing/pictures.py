@@ -11,14 +11,9 @@ State = tuple[str, int, frozenset[int]]
 
 
 def states(found: Trace) -> list[State]:
-    """Leave the steps that compute: kind, layer, and what is kept once the step's values have been dropped."""
-    left: list[State] = []
-    for (kind, i), kept in zip(found.steps, found.kept, strict=True):
-        if kind == "forget":
-            left[-1] = (*left[-1][:2], kept)
-        else:
-            left.append((kind, i, kept))
-    return left
+    """Leave the steps that compute: kind, layer, and what is kept during the step, before anything is dropped."""
+    pairs = zip(found.steps, found.kept, strict=True)
+    return [(kind, i, kept) for (kind, i), kept in pairs if kind != "forget"]
 
 
 def draw_chains(figure: Figure, chains: dict[str, Sequence[State]], n: int, clock: int) -> None:
@@ -38,11 +33,10 @@ def draw_chains(figure: Figure, chains: dict[str, Sequence[State]], n: int, cloc
         at = layer + 1 if kind == "forward" else layer
         color = COLORS[2] if kind == "forward" else COLORS[1]
         ax.hlines([y] * n, *zip(*((i + 0.22, i + 0.78) for i in range(n)), strict=True), color=INK)
-        for i in range(n + 1):
-            held = i in kept and running
-            ax.scatter(i, y, s=150, zorder=2, color=COLORS[0] if held else "none", edgecolors=INK)
+        filled = [COLORS[0] if i in kept and running else "none" for i in range(n + 1)]
+        ax.scatter(range(n + 1), [y] * (n + 1), s=110, zorder=2, color=filled, edgecolors=INK)
         if running:
-            ax.scatter(at, y, s=270, zorder=3, color="none", edgecolors=color, linewidths=2.5)
+            ax.scatter(at, y, s=210, zorder=3, color="none", edgecolors=color, linewidths=2.5)
         most = max(len(state[2]) for state in done)
         counts = [sum(step[0] == which for step in done) for which in ("forward", "backward")]
         text = f"kept {len(kept) if running else 0}, at most {most}"

@@ -74,7 +74,7 @@ def recursively(
         split: Where to put the point, as a number of layers from 1 to length - 1, given the length and how many points
             are kept already; in the middle by default.
 
-    Source: halving as in Chen et al. 2016, section 4.3; other splits as in Griewank & Walther 2000.
+    Source: halving as in Chen et al. 2016, section 4.4; other splits as in Griewank & Walther 2000.
     """
     yield from _between(0, n, n, split, 0)
 

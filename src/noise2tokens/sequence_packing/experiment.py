@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,23 +15,51 @@ from torch.nn import functional as F
 
 from noise2tokens.benchmark import compare
 from noise2tokens.sequence_packing.layout import IGNORED, attend_each, pack, pad_batch
-from noise2tokens.sequence_packing.packers import PACKERS, best_fit_decreasing, efficiency
+from noise2tokens.sequence_packing.packers import (
+    PACKERS,
+    best_fit_decreasing,
+    efficiency,
+    padded_efficiency,
+)
 from noise2tokens.text import Bytes, corpus, documents
 from noise2tokens.transformer import Attention, Config, Decoder
 
+VOCABULARY = 257  # bytes, and the token that ends a text
 # A batch for `mean_loss`: tokens, labels, and the offsets of packed sequences.
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
-def functions(longest: int) -> list[Int64[Tensor, "_"]]:
-    """The functions of the corpus as bytes, without those that are longer."""
-    return [tokens for tokens in documents(corpus(), Bytes()) if 2 <= len(tokens) <= longest]
+def functions(longest: int, too_long: str = "drop") -> list[Int64[Tensor, "_"]]:
+    """The functions of the corpus as bytes, each closed by an end token.
+
+    Args:
+        longest: Tokens of a document, at most.
+        too_long: What to do with one that is longer: "drop" it, or "split" it into pieces.
+
+    Raises:
+        ValueError: If `too_long` is something else.
+    """
+    if too_long not in ("drop", "split"):
+        raise ValueError(f'too_long must be "drop" or "split", got {too_long!r}')
+    found = documents(corpus(), Bytes())
+    if too_long == "split":
+        found = [piece for tokens in found for piece in tokens.split(longest)]
+    return [tokens for tokens in found if 2 <= len(tokens) <= longest]
 
 
-def decoder(vocab_size: int, width: int, layers: int, heads: int) -> Decoder:
+def decoder(
+    vocab_size: int, width: int, layers: int, heads: int, core: Callable[..., Tensor] = attend_each
+) -> Decoder:
     """A decoder that takes padded batches and packed rows alike."""
     config = Config(vocab_size, width, layers, heads)
-    return Decoder(config, attention=partial(Attention, core=attend_each))
+    return Decoder(config, attention=partial(Attention, core=core))
+
+
+def no_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Any, scale: float | None = None
+) -> Tensor:
+    """A core in which every token reads itself alone: attention switched off, everything else computed."""
+    return v
 
 
 def arrange(parts: Sequence[Int64[Tensor, "_"]], capacity: int) -> dict[str, list[Batch]]:
@@ -67,6 +96,32 @@ def mean_loss(model: Decoder, batches: Sequence[Batch]) -> Float[Tensor, ""]:
 def places(batches: Sequence[Batch]) -> int:
     """Count the places that are computed, real or not."""
     return sum(tokens.numel() for tokens, *_ in batches)
+
+
+def operations(model: Decoder, batches: Sequence[Batch], attention: bool = True) -> int:
+    """Floating point operations of a forward pass; a backward pass takes twice as many.
+
+    For each place two a weight of a matrix, the embedding not counted. For each layer and each N places that see one
+    another 2 N² width: half a square of pairs, since a causal kernel skips the other half, times two sums over the
+    width (q·k and the mean of values), times two. PaLM's formula (Chowdhery et al. 2022, appendix B) has the full
+    square in its place, 4 N² width.
+
+    Args:
+        model: Of equally many heads for queries and keys.
+        batches: In any of the ways of `arrange`; padding counts.
+        attention: Whether to count the pairs.
+    """
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    weights = matrices - model.embedding.weight.numel()
+    squares = sum(n * n for batch in batches for n in _sizes(batch))
+    pairs = 2 * model.config.layers * model.config.width * squares
+    return 2 * weights * places(batches) + attention * pairs
+
+
+def _sizes(batch: Batch) -> list[int]:
+    """How many places see one another: those of a padded row, or of a packed sequence."""
+    tokens, _, cu = batch
+    return [tokens.shape[1]] * len(tokens) if cu is None else cu.diff().tolist()
 
 
 BUDGETS = {
@@ -123,9 +178,10 @@ def full_scale(
         seconds: How long a step of each way is timed, about.
 
     Returns:
-        "packers": for each, "efficiency" and "seconds". "ways": for each, "time" of a step relative to the padded one's
-        (median over alternating rounds), real "tokens a second", and "work", its places relative to the padded ones'.
-        "losses": for each way and seed the mean loss of the last quarter of the steps. A picture of the packers.
+        "packers": for each, "efficiency" and "seconds". "batch": the shares of tokens and of squared lengths that are
+        real in the timed batch. "ways": for each, and again with attention switched off, what is computed and how long
+        a step takes; see `compare_ways`. "losses": for each way and seed the mean loss of the last quarter of the
+        steps. A picture of the packers.
     """
     generator = torch.Generator().manual_seed(seed)
     data = functions(capacity)
@@ -140,33 +196,74 @@ def full_scale(
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    def model_of(number: int) -> Decoder:
+    def model_of(number: int, core: Callable[..., Tensor] = attend_each) -> Decoder:
         torch.manual_seed(number)
-        return decoder(256, width, layers, heads).to(device, dtype)
+        return decoder(VOCABULARY, width, layers, heads, core).to(device, dtype)
 
     def batch_of(number: int) -> dict[str, list[Batch]]:
         generator = torch.Generator().manual_seed(number)
         chosen = torch.randint(len(data), (batch,), generator=generator).tolist()
-        return arrange([data[i].clamp_max(255).to(device) for i in chosen], capacity)
+        return arrange([data[i].to(device) for i in chosen], capacity)
 
-    ways, model = batch_of(seed), model_of(seed)
-    real = sum(int((labels != IGNORED).sum()) for _, labels, _ in ways["packed"])
-    calls = {name: partial(_step, model, batches) for name, batches in ways.items()}
-    timings = compare(calls, device=device, seconds=seconds, rounds=9)
-    timed = {
-        name: {
-            "time": timing.ratio,
-            "tokens a second": real / timing.seconds,
-            "work": places(ways[name]) / places(ways["padded"]),
-        }
-        for name, timing in timings.items()
-    }
+    ways = batch_of(seed)
+    sizes = _sizes(ways["unpadded"][0])
+    shares = {name: padded_efficiency(sizes, batch, p) for name, p in (("tokens", 1), ("pairs", 2))}
+    timed = compare_ways(model_of(seed), ways, device, seconds)
+    off = compare_ways(model_of(seed, no_attention), ways, device, seconds, attention=False)
+    timed |= {f"{name}, attention off": row for name, row in off.items()}
     losses = {
         name: [_train(model_of(seed + i), name, batch_of, steps, seed + i) for i in range(seeds)]
         for name in ways
     }
     caption = f"Packers on {million} lengths: places that stay empty, and seconds"
-    return {"packers": found, "ways": timed, "losses": losses}, {caption: draw_packers(found)}
+    results = {"packers": found, "batch": shares, "ways": timed, "losses": losses}
+    return results, {caption: draw_packers(found)}
+
+
+def compare_ways(
+    model: Decoder,
+    ways: dict[str, list[Batch]],
+    device: torch.device,
+    seconds: float,
+    *,
+    attention: bool = True,
+    comparisons: int = 9,
+) -> dict[str, dict[str, float]]:
+    """Time a training step without the optimizer on each layout of the same documents.
+
+    Args:
+        model: Computes all of them.
+        ways: From `arrange`; times are relative to the first.
+        device: Where they compute.
+        seconds: About how long to time each in all.
+        attention: Whether the model computes any; its pairs are counted then.
+        comparisons: How often the ways are compared, each time in three alternating rounds.
+
+    Returns:
+        For each way, relative to the first: "work", its places; "FLOPs"; "time", a step's, as the median of the
+        comparisons, between its quartiles "low" and "high"; and "time / FLOPs". "tokens a second": real ones.
+    """
+    real = places(ways["unpadded"])
+    calls = {name: partial(_step, model, batches) for name, batches in ways.items()}
+    once = partial(compare, calls, device=device, seconds=seconds / comparisons, rounds=3)
+    found = [once() for _ in range(comparisons)]
+    first = next(iter(ways))
+    base = median(timings[first].seconds for timings in found)
+    rows = {}
+    for name, batches in ways.items():
+        times = sorted(timings[name].ratio for timings in found)
+        work = places(batches) / places(ways[first])
+        flops = operations(model, batches, attention) / operations(model, ways[first], attention)
+        rows[name] = {
+            "work": work,
+            "FLOPs": flops,
+            "time": median(times),
+            "low": times[comparisons // 4],
+            "high": times[-1 - comparisons // 4],
+            "time / FLOPs": median(times) / flops,
+            "tokens a second": real / (base * median(times)),
+        }
+    return rows
 
 
 def _step(model: Decoder, batches: Sequence[Batch]) -> None:

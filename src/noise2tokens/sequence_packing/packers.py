@@ -5,7 +5,8 @@ most. Online packers decide for each length as it comes; the decreasing ones wan
 
     next_fit                        one open bin                  at most twice the fewest bins
     first_fit, best_fit             all bins stay open            at most 1.7 times
-    first_fit_decreasing, best_...  longest first                 at most 11/9 times and 2/3 of a bin
+    first_fit_decreasing            longest first                 at most 11/9 times and 2/3 of a bin
+    best_fit_decreasing             longest first                 at most 11/9 times and 4 bins
 """
 
 from collections.abc import Callable, Sequence
@@ -153,7 +154,11 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> Bins:
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> Bins:
-    """`best_fit`, the longest first; with the same guarantee as `first_fit_decreasing`."""
+    """`best_fit`, the longest first.
+
+    Source: Johnson et al. 1974, who outline a proof of at most 11/9 of the fewest bins and four; the constant 2/3 of
+    `first_fit_decreasing` is not proven for it.
+    """
     return _longest_first(best_fit, lengths, capacity)
 
 
@@ -206,20 +211,39 @@ def efficiency(lengths: Sequence[int], bins: Bins, capacity: int) -> float:
     return sum(lengths) / (len(bins) * capacity)
 
 
-def padded_efficiency(lengths: Sequence[int], batch: int) -> float:
+def padded_efficiency(lengths: Sequence[int], batch: int, power: int = 1) -> float:
     """The share of places that hold a token where batches are padded to their longest sequence.
 
     Args:
         lengths: In the order in which batches are taken.
         batch: Sequences a batch; the last one may be smaller.
+        power: 1 for the share of tokens, 2 for that of squared lengths, which attention computes.
 
     Raises:
-        ValueError: If there is no sequence or `batch` is below 1.
+        ValueError: If there is no sequence, or `batch` or `power` is below 1.
     """
-    if not len(lengths) or batch < 1:
-        raise ValueError(f"need sequences and batch >= 1, got {len(lengths)} and {batch}")
+    if not len(lengths) or batch < 1 or power < 1:
+        raise ValueError(
+            f"need sequences, batch >= 1 and power >= 1, got {len(lengths)}, {batch} and {power}"
+        )
     parts = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
-    return sum(lengths) / sum(max(part) * len(part) for part in parts)
+    real = sum(length**power for length in lengths)
+    return real / sum(max(part) ** power * len(part) for part in parts)
+
+
+def sorted_in_pools(lengths: Sequence[int], pool: int) -> list[int]:
+    """Positions in an order that is sorted by length within each pool of so many sequences, and otherwise unchanged.
+
+    Batches are then cut from it: "length grouping" or "bucketing".
+
+    Raises:
+        ValueError: If `pool` is below 1.
+    """
+    if pool < 1:
+        raise ValueError(f"need pool >= 1, got {pool}")
+    starts = range(0, len(lengths), pool)
+    pools = [range(start, min(start + pool, len(lengths))) for start in starts]
+    return [i for one in pools for i in sorted(one, key=lambda i: lengths[i])]
 
 
 def _check(lengths: Sequence[int], capacity: int) -> None:

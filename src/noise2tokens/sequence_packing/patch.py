@@ -5,6 +5,7 @@ row with positions that restart, and lets attention see each sequence by itself.
 head included, computes real tokens only. `transformers` is imported when the patch is put on, and not before.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -17,10 +18,18 @@ from noise2tokens.sequence_packing.layout import IGNORED, pad, unpad, varlen_att
 from noise2tokens.transformer import next_token_loss
 
 NAME = "each_sequence_by_itself"
+# What attentions of transformers may be handed and ours does not compute: a window, capped scores, sinks.
+BEYOND = ("sliding_window", "softcap", "s_aux")
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, **options):
     """`varlen_attention` as transformers calls it; returns (batch, tokens, heads, dim) and no weights."""
+    asked = [name for name in BEYOND if options.get(name) is not None]
+    asked += ["dropout"] if options.get("dropout") else []
+    if asked:
+        raise NotImplementedError(f"{type(module).__name__} asks for {asked}: not computed here")
+    if "cu_seqlens" not in options:
+        raise TypeError(f"{type(module).__name__} got no cu_seqlens: its model keeps options back")
     cu, longest = options["cu_seqlens"], options["max_seqlen"]
     out = varlen_attention(query[0], key[0], value[0], cu, longest, scaling)
     return out.transpose(0, 1)[None], None
@@ -39,7 +48,10 @@ def without_padding(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         ImportError: If transformers is not there.
-        TypeError: If the model has no attention that can be exchanged. Within: if it is called with a cache.
+        TypeError: If the model has no attention that can be exchanged, or takes no `position_ids`, without which its
+            positions cannot restart. Within: if it is called with a cache, or hands its attention no offsets.
+        NotImplementedError: Within, if its attention asks for a sliding window, dropout, capped scores or sinks, which
+            `varlen_attention` does not compute.
         ValueError: Within, if input and mask do not fit together, or no token is real.
     """
     try:
@@ -51,6 +63,10 @@ def without_padding(model: nn.Module) -> Iterator[nn.Module]:
     before = getattr(config, "_attn_implementation", None)
     if before is None or not hasattr(model, "lm_head"):
         raise TypeError(f"need a causal language model of transformers, got {type(model).__name__}")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise TypeError(
+            f"{type(model).__name__} takes no position_ids, so that positions cannot restart in a row"
+        )
     AttentionInterface.register(NAME, _attention)
     forward = model.forward
 

@@ -159,12 +159,20 @@ class PackedStream:
             yield row
         self._begin(self.epoch + 1)
 
+    def settings(self) -> dict[str, Any]:
+        """What decides which rows come in which order; a saved state is of use for these alone."""
+        names = ("capacity", "workers", "open_bins", "seed", "too_long")
+        return {"documents": len(self.documents)} | {name: getattr(self, name) for name in names}
+
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on after the last row that was received, as numbers in lists."""
+        """All that is needed to go on after the last row that was received, as numbers and words in lists.
+
+        Save it together with the model's state of the same step, in one file or not at all.
+        """
         return {
+            "settings": self.settings(),
             "epoch": self.epoch,
             "turn": self.turn,
-            "workers": self.workers,
             "progress": [
                 {
                     "next": one.next,
@@ -176,15 +184,18 @@ class PackedStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of a stream with the same documents, capacity, seed and number of workers.
+        """Go on from a state of a stream with the same settings.
 
         Raises:
-            ValueError: If the number of workers is another.
+            ValueError: If a setting or the number of documents is another. That the documents themselves are the same
+                is not checked: only their number is known.
         """
-        if state["workers"] != self.workers:
-            raise ValueError(
-                f"the state is of {state['workers']} workers, whose shares are others than those of {self.workers}"
-            )
+        here = self.settings()
+        other = {name: state["settings"][name] for name in here}
+        apart = [name for name in here if here[name] != other[name]]
+        if apart:
+            told = ", ".join(f"{name} {other[name]!r}, here {here[name]!r}" for name in apart)
+            raise ValueError(f"the state is of another stream: {told}")
         self.epoch, self.turn = state["epoch"], state["turn"]
         self.progress = [
             Progress(one["next"], one["piece"], tuple(tuple(map(tuple, b)) for b in one["open"]))
