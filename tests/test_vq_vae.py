@@ -809,7 +809,7 @@ def test_a_slice_of_the_long_run_holds_true_values(fake_mnist):
     fake_mnist(experiment)
     budget = dict(
         seeds=1, digit_steps=20, steps=20, batch_size=16, width=8, prior_steps=20, prior_width=16,
-        prior_layers=1, samples=70, test_images=60, classifier_steps=30,
+        prior_layers=1, samples=70, test_images=60, classifier_steps=120,
     )  # fmt: skip
     results, pictures = experiment.full_scale(torch.device("cpu"), seed=0, **budget)
     assert set(experiment.VARIANTS) < set(results["digits"])
@@ -828,7 +828,7 @@ def test_a_slice_of_the_long_run_holds_true_values(fake_mnist):
     samples = results["samples"]
     assert all(0.1 <= found["confidence"] <= 1 for found in samples.values())
     assert samples["test images"]["distance"] < samples["VQ, shares"]["distance"]
-    assert 0.2 < results["accuracy"] <= 1 and 0.5 < results["histogram"] < 8
+    assert 0.3 < results["accuracy"] <= 1 and 0.5 < results["histogram"] < 8
     for found in results["codes"].values():
         assert 0 < found["shares by place"] < 1.2 * math.log(256) > found["shares"] > 0
     squares = results["photographs"]
