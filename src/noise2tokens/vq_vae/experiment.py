@@ -312,7 +312,7 @@ BUDGETS = {
         "steps": 2500,
         "batch_size": 64,
         "width": 32,
-        "prior_steps": 1500,
+        "prior_steps": 1200,
         "prior_width": 64,
         "prior_layers": 5,
         "samples": 1000,
