@@ -21,6 +21,7 @@ from noise2tokens.flash_attention.tiled import (
     tiled_forward,
 )
 from noise2tokens.labs import lab, lab_page
+from noise2tokens.scaling_laws.flops import BATCH_TOKENS, LEARNING_RATE, MODEL_SCALE
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
@@ -257,3 +258,51 @@ def test_a_lab_without_scripts_shows_its_picture_and_says_what_it_is():
 def test_bad_input_is_named(change, error):
     with pytest.raises(error, match="got|JSON"):
         lab(**({"name": "kernel_lab", "data": {}, "alt": "x"} | change))
+
+
+# Spend a budget
+
+
+@needs_browser
+@pytest.mark.browser
+@pytest.mark.parametrize("decades, doublings", [(17, 0), (22.9, -2.5), (26, 4)])
+def test_the_scaling_lab_reads_the_packages_laws(browser, decades, doublings):
+    laws = dict(scale=MODEL_SCALE, rate=LEARNING_RATE, batch=BATCH_TOKENS)
+    data = {
+        "laws": {name: list(law) for name, law in laws.items()},
+        "models": [{"name": "7B", "compute": 8.5e22, "scale": 4.2e10}],
+        "range": [17, 26],
+        "start": 23,
+    }
+    page, problems = browser.new_page(viewport={"width": 390, "height": 844}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.set_content(
+        '<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>'
+        f"{lab_page('scaling_lab', data, alt='Laws at a budget.')}</main></html>"
+    )
+    page.wait_for_function("document.querySelector('.n2t-lab').state")
+    state = page.evaluate(
+        """(values) => {
+          for (const [name, value] of Object.entries(values)) {
+            const slider = document.querySelector(`[data-name=${name}]`);
+            slider.value = value; slider.dispatchEvent(new Event("input"));
+          }
+          return document.querySelector(".n2t-lab").state;
+        }""",
+        {"decades": decades, "doublings": doublings},
+    )
+    compute = 10**decades
+    scale = 2**doublings * MODEL_SCALE(compute)
+    expected = dict(
+        compute=compute, best=MODEL_SCALE(compute), scale=scale, parameters=scale / 6,
+        tokens=compute / scale, rate=LEARNING_RATE(compute), batch=BATCH_TOKENS(compute),
+        steps=compute / scale / BATCH_TOKENS(compute),
+    )  # fmt: skip
+    assert state == pytest.approx(expected, rel=1e-9)
+    words = page.locator(".n2t-scaling p").inner_text()
+    assert {-2.5: "smaller", 0: "optimum of the law", 4: "larger"}[doublings] in words
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
+    from axe_playwright_python.sync_playwright import Axe
+
+    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
+    page.close()
