@@ -85,6 +85,8 @@ def arrange(parts: Sequence[Int64[Tensor, "_"]], capacity: int) -> dict[str, lis
 def mean_loss(model: Decoder, batches: Sequence[Batch]) -> Float[Tensor, ""]:
     """Return the mean loss over all labels of all parts of a batch, however it is laid out."""
     count = sum(int((labels != IGNORED).sum()) for _, labels, _ in batches)
+    if not count:
+        raise ValueError("no token has a label, so there is no mean")
     total = 0
     for tokens, labels, cu in batches:
         logits = model(tokens, cu_seqlens=cu).flatten(0, -2)

@@ -86,8 +86,10 @@ def unpad(
         The tokens end to end, their places in the flattened batch, the offsets, and the longest length.
 
     Raises:
-        ValueError: If no token is real.
+        ValueError: If no token is real, or the mask is not of the batch's shape.
     """
+    if x.shape[:2] != mask.shape:
+        raise ValueError(f"need a mask of {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
     lengths = mask.sum(1, dtype=torch.int32)
     places = mask.flatten().nonzero().flatten()
     if not len(places):
@@ -129,6 +131,9 @@ def varlen_attention(
         cu_seqlens: Offsets of the sequences.
         max_seqlen: The longest.
         scale: Of the scores; 1 / sqrt(dim) if not given.
+
+    Raises:
+        ValueError: If the offsets do not lead from 0 to the number of tokens (on a CPU, where asking does not wait).
     """
     if kernel_runs_on(q.device):
         rows = (x.transpose(0, 1) for x in (q, k, v))
@@ -136,6 +141,8 @@ def varlen_attention(
             *rows, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True, scale=scale
         )
         return out.transpose(0, 1)
+    if cu_seqlens[:1].tolist() + cu_seqlens[-1:].tolist() != [0, q.shape[1]]:
+        raise ValueError(f"offsets must lead from 0 to {q.shape[1]}, got {cu_seqlens.tolist()}")
     sizes = cu_seqlens.diff().tolist()
     grouped = q.shape[0] != k.shape[0]
     parts = zip(*(x[None].split(sizes, 2) for x in (q, k, v)), strict=True)

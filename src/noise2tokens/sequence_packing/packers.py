@@ -30,6 +30,7 @@ def next_fit(lengths: Sequence[int], capacity: int) -> Bins:
 
     Raises:
         ValueError: If a length is outside its range.
+        TypeError: If a length or the capacity is not an int of Python.
 
     Source: Johnson 1973; what a buffer that is flushed when it is full does.
     """
@@ -247,6 +248,9 @@ def sorted_in_pools(lengths: Sequence[int], pool: int) -> list[int]:
 
 
 def _check(lengths: Sequence[int], capacity: int) -> None:
+    other = {type(n).__name__ for n in (capacity, *lengths) if not isinstance(n, int)}
+    if other:  # NumPy's integers overflow where `best_fit` shifts bits
+        raise TypeError(f"lengths and capacity must be int, got {sorted(other)}: use .tolist()")
     if len(lengths) and not 1 <= min(lengths) <= max(lengths) <= capacity:
         raise ValueError(
             f"lengths must be 1 to {capacity}, got {min(lengths)} to {max(lengths)}: split or drop what is too long"
