@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -9,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint as torchs
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
+from noise2tokens.display import COLORS
 from noise2tokens.flash_attention import flash_attention
 from noise2tokens.gradient_checkpointing import experiment, memory, models, pictures, schedules
 from noise2tokens.gradient_checkpointing.checkpoint import (
@@ -24,7 +27,7 @@ from noise2tokens.gradient_checkpointing.checkpoint import (
 )
 from noise2tokens.gradient_checkpointing.memory import Timeline, saved_bytes
 from noise2tokens.gradient_checkpointing.schedules import Segment
-from noise2tokens.transformer import Config, Decoder, next_token_loss
+from noise2tokens.transformer import Config, Decoder, generate, next_token_loss
 
 
 def reentrant(function, *args, **kwargs):
@@ -134,6 +137,26 @@ def test_schedules_that_cannot_be_carried_out_are_refused(steps):
         schedules.trace(steps, 2)
 
 
+def test_no_layers_no_slots_and_splits_outside_are_refused():
+    for count in (schedules.fewest_forwards, schedules.binomial_forwards):
+        for n, slots in ((0, 1), (3, -1)):
+            with pytest.raises(ValueError, match=f"got {n} and {slots}"):
+                count(n, slots)
+    for sizes in ([], [2, -1]):
+        with pytest.raises(ValueError, match="at least one layer, none negative, got"):
+            schedules.smallest_budget(sizes)
+    with pytest.raises(ValueError, match="at least one segment"):
+        list(schedules.in_segments([]))
+    with pytest.raises(ValueError, match="at least 1 layer, got 0"):
+        schedules.trace([], 0)
+    for segments in ([], [Segment(1, 2, True)], [Segment(0, 1, True)], [Segment(0, 3, False)]):
+        with pytest.raises(ValueError, match="must cover 2 layers"):
+            schedules.peak_of(segments, [1, 1])
+    for n, split in ((0, 0), (4, 0), (4, 4)):
+        with pytest.raises(ValueError, match=f"cannot split {n} layers after {split}"):
+            list(schedules.recursively(n, lambda length, depth, split=split: split))
+
+
 def test_spans_and_their_bad_input():
     assert schedules.equal_spans(7, 3) == [(0, 3), (3, 5), (5, 7)]
     for segments in (0, 8):
@@ -155,6 +178,33 @@ def test_the_picture_shows_the_peak_and_ends(name, peak, steps):
             f"kept {0 if end else 1}, at most {peak}",
             f"{steps} forward, 16 back{end}",
         ]
+        plt.close(figure)
+
+
+def test_the_picture_in_the_middle():
+    """Filled is what is kept, the ring is at what is computed, and only steps done so far are counted."""
+    chains = {
+        "all": pictures.states(schedules.trace(schedules.keep_all(3), 3)),
+        "none": pictures.states(schedules.trace(schedules.keep_none(3), 3)),
+    }
+    forward, backward = (to_rgba(COLORS[i]) for i in (2, 1))
+    for clock, filled, ring, color, texts in (
+        (0, [0, 1], 1, forward, ["kept 2, at most 2", "1 forward, 0 back"]),
+        (2, [0, 1, 2], 3, forward, ["kept 3, at most 3", "3 forward, 0 back"]),
+        (4, [0, 1], 1, backward, ["kept 2, at most 3", "3 forward, 2 back"]),
+        (6, [], None, None, ["kept 0, at most 3", "3 forward, 3 back: done"]),
+    ):
+        figure = plt.figure()
+        pictures.draw_chains(figure, chains, 3, clock)
+        _, nodes, *others = figure.axes[0].collections
+        assert [i for i, fill in enumerate(nodes.get_facecolors()) if fill[3]] == filled
+        assert nodes.get_offsets().tolist() == [[i, 0] for i in range(4)]
+        below = 1 if ring is None else 2  # the other row is drawn below, and still runs
+        assert len(others) == below + 2 and others[below].get_offsets()[0].tolist() == [0, -1]
+        if ring is not None:
+            assert others[0].get_offsets().tolist() == [[ring, 0]]
+            assert tuple(others[0].get_edgecolors()[0]) == color
+        assert [text.get_text() for text in figure.axes[0].texts[:2]] == texts
         plt.close(figure)
 
 
@@ -439,6 +489,32 @@ def test_hooks_stop_at_the_last_saved_tensor():
     assert ends == [0] and torch.equal(x.grad, x.exp())
 
 
+@pytest.mark.parametrize(
+    ("again", "kind"),
+    [
+        (lambda x: x[:1], r"\(1,\) of torch.float32"),
+        (lambda x: x.double(), r"\(3,\) of torch.float64"),
+    ],
+)
+def test_a_function_that_saves_something_else_the_second_time_is_noticed(again, kind):
+    """As PyTorch's does by default; the gradient of x_0 would be taken for that of all."""
+    for how, error in (
+        (checkpoint_by_hooks, rf"\(3,\) of torch.float32 the first time and {kind} when"),
+        (partial(torchs, use_reentrant=False), "different metadata"),
+    ):
+        calls = []
+
+        def function(x, calls=calls):
+            calls.append(1)
+            return (x if len(calls) == 1 else again(x)).exp()
+
+        x = torch.randn(3, requires_grad=True)
+        y = how(function, x)
+        with pytest.raises(RuntimeError, match=error):
+            y.sum().backward()
+        assert len(calls) == 2 and x.grad is None
+
+
 def test_a_function_that_saves_less_the_second_time_is_noticed():
     calls = []
 
@@ -448,7 +524,7 @@ def test_a_function_that_saves_less_the_second_time_is_noticed():
 
     x = torch.randn(3, requires_grad=True)
     y = checkpoint_by_hooks(function, x)
-    with pytest.raises(RuntimeError, match="saved 2 tensors the first time and 1"):
+    with pytest.raises(RuntimeError, match="torch.float32 the first time and nothing when"):
         y.sum().backward()
 
 
@@ -584,6 +660,9 @@ def test_the_timeline_counts_what_lives():
     assert timeline.peak == 800 and timeline.history[0] == 400
     del z
     assert timeline.live == 0 and Timeline().peak == 0
+    with timeline:
+        wide = torch.empty_strided((10,), (2,))  # ten numbers, and nine in between
+    assert timeline.live == 4 * 19 and len(wide) == 10
 
 
 def test_a_limit_bites():
@@ -615,14 +694,34 @@ def test_a_layer_keeps_what_the_formula_says(batch, length, width, heads):
     assert tiled == selective + batch * length * width + batch * heads * length
 
 
+def test_the_layer_is_torchs():
+    torch.manual_seed(0)
+    x = torch.randn(2, 10, 12)
+    layer = models.GPTLayer(12, 3)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    peer = nn.TransformerEncoderLayer(12, 3, 48, 0.0, "gelu", batch_first=True, norm_first=True)
+    names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj": "out", "linear1": "up"}
+    names |= {"linear2": "down", "norm1": "norms.0", "norm2": "norms.1"}
+    state = layer.state_dict()
+    assert len(state) == len(peer.state_dict())
+    for name, p in peer.named_parameters():
+        ours = next(name.replace(a, b) for a, b in names.items() if name.startswith(a))
+        p.data.copy_(state[ours])
+    mask = nn.Transformer.generate_square_subsequent_mask(10)
+    expected = peer(x, mask, is_causal=True)
+    assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_published_count():
     assert models.published_bytes(1, 2048, 12288, 96) == 2048 * 12288 * (
         34 + 5 * 96 * 2048 // 12288
     )
     with pytest.raises(ValueError, match="got 'all'"):
         models.kept_numbers(1, 1, 1, 1, "all")
-    with pytest.raises(ValueError, match="got 6 and 4"):
-        models.GPTLayer(6, 4)
+    for heads in (4, 0, -2):
+        with pytest.raises(ValueError, match=f"got 6 and {heads}"):
+            models.GPTLayer(6, heads)
 
 
 # Decoders
@@ -669,6 +768,33 @@ def test_attention_that_is_recomputed_has_the_same_gradients(decoder):
         assert torch.allclose(stored[name], grad, atol=1e-7)
 
 
+def test_a_decoder_is_as_before_after_an_error(decoder):
+    model, _ = decoder
+    blocks, first = list(model.blocks), model.blocks[0].attention.core
+    model.blocks[0].attention.core = models.stored_attention  # layers need not attend alike
+    cores = [block.attention.core for block in blocks]
+    for change in (
+        models.recomputing(model, [(0, 5)]),
+        models.attending(model, models.recomputed_attention),
+    ):
+        with pytest.raises(RuntimeError, match="meanwhile"), change:
+            raise RuntimeError("meanwhile")
+        assert list(model.blocks) == blocks
+        assert [block.attention.core for block in blocks] == cores
+    model.blocks[0].attention.core = first
+
+
+def test_caches_and_packed_sequences_are_refused(decoder):
+    model, tokens = decoder
+    spans = schedules.equal_spans(5, 5)
+    with models.recomputing(model, spans), pytest.raises(ValueError, match="take no cache"):
+        generate(model, tokens, 2)
+    offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
+    for core in (models.stored_attention, models.recomputed_attention):
+        with models.attending(model, core), pytest.raises(ValueError, match=r"at \[0, 5, 12\]"):
+            model(tokens[0], cu_seqlens=offsets)
+
+
 @pytest.mark.parametrize("spans", [[(0, 0)], [(0, 3), (2, 5)], [(3, 6)], [(2, 3), (0, 1)]])
 def test_spans_that_do_not_fit_a_decoder(decoder, spans):
     with pytest.raises(ValueError, match="within 5 blocks"), models.recomputing(decoder[0], spans):
@@ -689,6 +815,46 @@ def test_a_step_holds_no_memory_for_gradients_of_parameters():
     before = [p.grad.data_ptr() for p in model.parameters()]
     experiment.training_step(model, torch.zeros(1, 9, dtype=torch.long))()
     assert [p.grad.data_ptr() for p in model.parameters()] == before
+
+
+def test_a_step_makes_the_gradients_of_the_next_tokens(decoder):
+    model, tokens = decoder
+    seen = []
+    handle = model.head.weight.register_hook(seen.append)
+    experiment.training_step(model, tokens)()
+    handle.remove()
+    assert torch.equal(seen[0], decoder_gradients(model, tokens)["head.weight"])
+
+
+def test_what_each_strategy_recomputes():
+    model = Decoder(Config(50, 16, 5, 2))
+    found = {}
+    for name, strategy in experiment.STRATEGIES.items():
+        with strategy(model):
+            found[name] = [
+                (len(block.blocks), block.how) if isinstance(block, models.Recomputed) else None
+                for block in model.blocks
+            ]
+    one = (1, checkpoint)
+    assert found["every block"] == [one] * 5
+    assert found["every second block"] == [one, None, one, None, one]
+    assert found["segments of √n"] == [(3, checkpoint), (2, checkpoint)]
+    assert found["the same by hooks"] == [(3, checkpoint_by_hooks), (2, checkpoint_by_hooks)]
+    for name in ("keep all", "attention stored", "attention stored, recomputed"):
+        assert found[name] == [None] * 5
+
+
+def test_blocks_are_recomputed_in_the_way_that_is_asked_for(decoder):
+    model, tokens = decoder
+    calls = []
+
+    def how(function, *args):
+        calls.append(args[0].shape)
+        return function(*args)
+
+    with models.recomputing(model, [(0, 2), (3, 5)], how):
+        model(tokens)
+    assert calls == [(2, 12, 16)] * 2
 
 
 def test_the_largest_batch_is_where_the_limit_says():
@@ -731,7 +897,14 @@ def test_values_of_a_slice_of_full_scale():
     for count, fits in ((batch, True), (batch + 1, False)):
         step = experiment.training_step(model, torch.zeros(count, 65, dtype=torch.long))
         assert (experiment.peak(step, torch.device("cpu")) <= 8e6) == fits
-    assert len(pictures) == 1
+    step = experiment.training_step(model, torch.zeros(2, 65, dtype=torch.long))
+    assert experiment.peak(step, torch.device("cpu")) == peaks["keep all"][0]
+    (figure,) = pictures.values()
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines.keys() == peaks.keys()
+    for name, line in lines.items():
+        assert list(line.get_xdata()) == [4, 9]
+        assert [1e6 * y for y in line.get_ydata()] == pytest.approx(peaks[name])
     plt.close("all")
 
 
@@ -751,9 +924,19 @@ def test_training_is_the_same_whatever_is_recomputed():
         else:
             assert curve == plain
     assert experiment.losses(experiment.STRATEGIES["keep all"], batches, 2) != plain
+    torch.manual_seed(1)
+    model = Decoder(Config(experiment.VOCABULARY, 64, 6, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for tokens, expected in zip(batches, plain, strict=True):
+        logits = model(tokens[:, :-1]).transpose(1, 2)
+        loss = nn.functional.cross_entropy(logits, tokens[:, 1:])
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        model.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def test_segments_of_the_root():
     assert experiment.root_spans(16) == [(0, 4), (4, 8), (8, 12), (12, 16)]
-    assert len(experiment.root_spans(7)) == 3
+    assert [len(experiment.root_spans(depth)) for depth in (1, 2, 6, 7)] == [1, 1, 2, 3]
     assert memory.saved_bytes(lambda: torch.ones(3)) == 0

@@ -13,6 +13,7 @@ PyTorch has both, as `torch.utils.checkpoint.checkpoint` with use_reentrant=True
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from noise2tokens.gradient_checkpointing.schedules import Segment
+from noise2tokens.gradient_checkpointing.schedules import Segment, check_cover
 
 
 class Surroundings:
@@ -170,19 +171,23 @@ class _Enough(Exception):
     """All that was saved the first time has been computed again."""
 
 
+def _kind(x: Tensor) -> str:
+    return f"{tuple(x.shape)} of {x.dtype}"
+
+
 class _Saved:
-    """What the nodes of one call have saved: so many tensors, and for a while the tensors themselves."""
+    """What the nodes of one call have saved: tensors of which kinds, and for a while the tensors themselves."""
 
     def __init__(self, call: _Call):
         self.surroundings = Surroundings(call.tensors)
         anchor = torch.empty(0, requires_grad=True)
         self.inputs = _Keep.apply(anchor, *call.tensors)
-        self.call, self.count = call.release(), 0
+        self.call, self.kinds = call.release(), []
         self.again: dict[int, Tensor] = {}
 
     def pack(self, x: Tensor) -> int:
-        self.count += 1
-        return self.count - 1
+        self.kinds.append(_kind(x))
+        return len(self.kinds) - 1
 
     def unpack(self, number: int) -> Tensor:
         if number not in self.again:
@@ -194,7 +199,7 @@ class _Saved:
 
         def keep(x: Tensor) -> None:
             found.append(x.detach())
-            if len(found) == self.count:
+            if len(found) == len(self.kinds):
                 raise _Enough
 
         inputs = _anew(self.inputs.grad_fn.saved_tensors)
@@ -205,10 +210,11 @@ class _Saved:
                     self.call(inputs)
             except _Enough:
                 pass
-        if len(found) != self.count:
-            raise RuntimeError(
-                f"the function saved {self.count} tensors the first time and {len(found)} when it was called again"
-            )
+        for first, second in zip_longest(self.kinds, map(_kind, found), fillvalue="nothing"):
+            if first != second:
+                raise RuntimeError(
+                    f"the function saved {first} the first time and {second} when it was called again"
+                )
         self.again = dict(enumerate(found))
 
 
@@ -224,8 +230,8 @@ def checkpoint_by_hooks(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         TypeError: If the function cannot be called.
-        RuntimeError: In the backward pass, if the second call saves fewer tensors than the first, or an input was
-            changed in place meanwhile.
+        RuntimeError: In the backward pass, if the second call saves fewer tensors than the first or tensors of other
+            shapes or types, or an input was changed in place meanwhile.
 
     Source: `torch.utils.checkpoint.checkpoint(use_reentrant=False)`.
     """
@@ -254,9 +260,7 @@ def run_segments(
     Raises:
         ValueError: If the segments leave a gap or layers over.
     """
-    ends = [0, *(segment.stop for segment in segments)]
-    if [segment.start for segment in segments] != ends[:-1] or ends[-1] != len(layers):
-        raise ValueError(f"segments must cover {len(layers)} layers in order, got {segments}")
+    check_cover(segments, len(layers))
 
     def run(x: Tensor, start: int, stop: int) -> Tensor:
         for layer in layers[start:stop]:

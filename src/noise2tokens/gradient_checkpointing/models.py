@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from noise2tokens.gradient_checkpointing.checkpoint import checkpoint
 from noise2tokens.gradient_checkpointing.schedules import Span
-from noise2tokens.transformer import Decoder, Layout
+from noise2tokens.transformer import Decoder, KVCache, Layout
 
 
 def stored_attention(
@@ -24,7 +24,13 @@ def stored_attention(
     v: Float[Tensor, "batch heads length dim"],
     layout: Layout | None = None,
 ) -> Float[Tensor, "batch heads length dim"]:
-    """Causal attention that keeps its matrix of probabilities for the backward pass."""
+    """Causal attention that keeps its matrix of probabilities for the backward pass.
+
+    Raises:
+        ValueError: If the layout has packed sequences, which would see each other.
+    """
+    if layout is not None and layout.cu_seqlens is not None:
+        raise ValueError(f"need sequences apart, got packed ones at {layout.cu_seqlens.tolist()}")
     length = q.shape[-2]
     hidden = torch.full((length, length), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]) + hidden, -1) @ v
@@ -111,9 +117,15 @@ class Recomputed(nn.Module):
         self.blocks, self.how = nn.ModuleList(blocks), how
 
     def forward(
-        self, x: Float[Tensor, "B T D"], layout: Layout, cache: None = None
+        self, x: Float[Tensor, "B T D"], layout: Layout, cache: KVCache | None = None
     ) -> Float[Tensor, "B T D"]:
-        """Return the stream after the last of them."""
+        """Return the stream after the last of them.
+
+        Raises:
+            ValueError: If there is a cache: it would be filled twice, and has a part for each block.
+        """
+        if cache is not None:
+            raise ValueError("recomputed blocks take no cache: generate outside of `recomputing`")
         return self.how(self._run, x, layout)
 
     def _run(self, x: Tensor, layout: Layout) -> Tensor:
@@ -151,7 +163,7 @@ def recomputing(
 
 @contextmanager
 def attending(model: Decoder, core: Callable[..., Tensor]) -> Iterator[Decoder]:
-    """Let all layers of a decoder attend by another core for a while."""
+    """Let all layers of a decoder attend by another core for a while, which begins before that of `recomputing`."""
     before = [block.attention.core for block in model.blocks]
     for block in model.blocks:
         block.attention.core = core

@@ -55,7 +55,12 @@ def in_segments(spans: Sequence[Span]) -> Iterator[Step]:
 
     Args:
         spans: (start, stop) of each segment, in order, without gaps.
+
+    Raises:
+        ValueError: If there is no segment.
     """
+    if not spans:
+        raise ValueError("need at least one segment, got none")
     for start, stop in spans:
         yield from _walk(start, stop)
     yield ("forget", spans[-1][1])
@@ -88,6 +93,8 @@ def _between(
         yield ("backward", start)
         return
     middle = start + split(stop - start, depth)
+    if not start < middle < stop:
+        raise ValueError(f"cannot split {stop - start} layers after {middle - start}")
     yield from _walk(start, middle)
     yield from _between(middle, stop, n, split, depth + 1)
     yield ("forget", middle)
@@ -120,8 +127,11 @@ def trace(schedule: Iterator[Step] | Sequence[Step], n: int) -> Trace:
         n: Number of layers.
 
     Raises:
-        ValueError: If a step needs a value that is not kept, or backward steps are missing or out of order.
+        ValueError: If there is no layer, a step needs a value that is not kept, or backward steps are missing or out
+            of order.
     """
+    if n < 1:
+        raise ValueError(f"need at least 1 layer, got {n}")
     kept, next_back, forwards, after = {0}, n - 1, 0, []
     steps = list(schedule)
     for kind, i in steps:
@@ -198,6 +208,13 @@ class Segment:
     recompute: bool
 
 
+def check_cover(segments: Sequence[Segment], n: int) -> None:
+    """Raise ValueError unless the segments cover n layers in order, without gaps."""
+    ends = [0, *(segment.stop for segment in segments)]
+    if [segment.start for segment in segments] != ends[:-1] or ends[-1] != n:
+        raise ValueError(f"segments must cover {n} layers in order, got {segments}")
+
+
 def peak_of(
     segments: Sequence[Segment], sizes: Sequence[int], inputs: Sequence[int] | None = None
 ) -> int:
@@ -205,7 +222,11 @@ def peak_of(
 
     A recomputed segment keeps its input from the forward pass on, and what all of its layers keep while its turn lasts.
     Then the segments behind it are gone: only those before it count. A value that a walk passes is not counted.
+
+    Raises:
+        ValueError: If the segments leave a gap or layers over.
     """
+    check_cover(segments, len(sizes))
     inputs = sizes if inputs is None else inputs
     before, peak = 0, 0
     for segment in segments:
@@ -276,7 +297,13 @@ def _undominated(found: dict[int, tuple[float, list[Segment]]]) -> list:
 
 
 def smallest_budget(sizes: Sequence[int]) -> int:
-    """The least memory with which each layer is recomputed at most once, by bisection over `optimal_segments`."""
+    """The least memory with which each layer is recomputed at most once, by bisection over `optimal_segments`.
+
+    Raises:
+        ValueError: If there is no layer, or a size is negative.
+    """
+    if not sizes or min(sizes) < 0:
+        raise ValueError(f"need sizes of at least one layer, none negative, got {sizes}")
     low, high = max(sizes) - 1, sum(sizes)
     while high - low > 1:
         middle = (low + high) // 2
@@ -286,6 +313,11 @@ def smallest_budget(sizes: Sequence[int]) -> int:
         except ValueError:
             low = middle
     return high
+
+
+def _check(n: int, slots: int) -> None:
+    if n < 1 or slots < 0:
+        raise ValueError(f"need at least 1 layer and 0 slots, got {n} and {slots}")
 
 
 @cache
@@ -299,8 +331,12 @@ def fewest_forwards(n: int, slots: int) -> int:
     Returns:
         Forward steps, the last layer's own not counted: it is done with the loss.
 
+    Raises:
+        ValueError: If there is no layer, or slots are negative.
+
     Source: the recursion behind Griewank & Walther 2000, section 2.
     """
+    _check(n, slots)
     if n == 1:
         return 0
     if slots == 0:
@@ -330,8 +366,12 @@ def binomial_forwards(n: int, slots: int) -> int:
 
     With r forward steps for each layer, C(c + r, c) layers are in reach.
 
+    Raises:
+        ValueError: As `fewest_forwards`.
+
     Source: Griewank & Walther 2000, proposition 1, with x_0 as one of their checkpoints.
     """
+    _check(n, slots)
     c = slots + 1
     r = 0
     while comb(c + r, c) < n:
