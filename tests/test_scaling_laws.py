@@ -385,7 +385,8 @@ def test_a_prediction_follows_the_laws_of_the_runs(text, monkeypatch):
     (_, width, layers) = asked[0]
     apart = {
         w: abs(math.log(experiment.scale_of(experiment.sizes(w, layers)) / found["scale"]))
-        for w in range(16, 256, 16)
+        for w in range(4, 256, 2)
+        if w % (2 * max(1, w // 16)) == 0
     }
     assert width == min(apart, key=apart.get) and apart[width] < math.log(1.4)
     best = LAW(LAW.allocation().model(1e13), LAW.allocation().data(1e13))
@@ -420,6 +421,11 @@ def test_a_slice_of_the_long_run(monkeypatch):
     assert results["allocation"]["low"] <= 0.61 and results["allocation"]["high"] >= 0.59
     assert results["allocation"]["noise"] == pytest.approx(1e-4 / math.sqrt(2) / math.sqrt(2))
     assert set(results["grid"]) == {"rate × 0.5", "rate × 1"}
+    kept = results["allocation"]["runs"]
+    assert len(kept) == 9 and [row["C"] for row in kept[::3]] == [2e8, 5e8, 1e9]
+    assert kept[0]["losses"][1] - kept[0]["losses"][0] == pytest.approx(1e-4)
+    assert kept[4]["M"] * kept[4]["D"] == pytest.approx(5e8)
+    assert results["prediction"]["last"] > results["prediction"]["with a floor"]
     assert len(results["schedules"]["cosine"]) == 2 and len(pictures) == 1
     for figure in pictures.values():
         experiment.plt.close(figure)
@@ -429,7 +435,7 @@ def test_a_long_run_without_an_optimum_says_so_and_goes_on(monkeypatch):
     monkeypatch.setattr(experiment, "train_at", trainer(-0.01))
     results, pictures = experiment.full_scale(torch.device("cpu"), seed=0, **SLICE)
     assert "no optimum between the scales" in results["allocation"]["a"]
-    assert set(results["allocation"]) == {"noise", "a"} and "prediction" not in results
+    assert set(results["allocation"]) == {"noise", "runs", "a"} and "prediction" not in results
     assert len(results["schedules"]["cosine"]) == 2
     for figure in pictures.values():
         (left, right) = figure.axes

@@ -68,8 +68,8 @@ def source_code(device: torch.device, validation_count: int | None = None) -> Te
 
 
 def sizes(width: int, layers: int) -> Config:
-    """Return the sizes of a decoder of bytes, with heads of 16 dimensions."""
-    return Config(257, width, layers, max(1, width // 16))
+    """Return the sizes of a decoder of bytes, with heads of 16 dimensions or one, and 12 width² numbers a layer."""
+    return Config(257, width, layers, max(1, width // 16), hidden=round(8 * width / 3))
 
 
 def scale_of(config: Config) -> int:
@@ -218,6 +218,14 @@ def mean_losses(runs: Sequence[Sequence[Run]]) -> tuple[ndarray, ndarray, ndarra
     return compute, scales, losses.mean(0), noise
 
 
+def rows(runs: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
+    """Return C, M, D and the losses over seeds, one row for each run of a seed."""
+    return [
+        {"C": run.compute, "M": run.scale, "D": run.tokens, "losses": [one.loss for one in same]}
+        for run, same in zip(runs[0], zip(*runs, strict=True), strict=True)
+    ]
+
+
 def optimal_losses(compute: ndarray, scales: ndarray, losses: ndarray) -> tuple[ndarray, ndarray]:
     """Return the budgets, and the loss at the lowest point of the parabola of each."""
     budgets = np.unique(compute)
@@ -267,35 +275,22 @@ def draw_allocation(
     ax.legend(fontsize="x-small")
 
 
+# Widths around the optimum of each budget, in windows about equally wide. There is no larger budget: the corpus has a
+# megabyte, and at most four epochs of it are to be read.
 BUDGETS = {
     "long": {
         "seeds": 3,
         "layers": 2,
         "plan": (
-            (1e10, (8, 10, 12, 16, 24)),
-            (2e10, (8, 12, 16, 24, 32)),
-            (5e10, (8, 12, 16, 24, 36)),
-            (1e11, (12, 16, 24, 32, 48)),
+            (1e10, (6, 8, 12, 16, 22)),
+            (2e10, (8, 10, 14, 18, 26)),
+            (5e10, (8, 12, 16, 22, 30)),
+            (1e11, (10, 14, 20, 26, 36)),
         ),
-        "predicted": 1e12,
+        "predicted": 5e11,
         "spoiled": 0.2,
-        "grid_at": (5e10, 24),
+        "grid_at": (5e10, 22),
         "factors": (0.25, 0.5, 1.0, 2.0),
-        "held_out": 1800,
-    },
-    "full": {
-        "seeds": 3,
-        "layers": 6,
-        "plan": (
-            (1e13, (64, 96, 128, 192, 256)),
-            (3e13, (96, 128, 192, 256, 320)),
-            (1e14, (128, 192, 256, 320, 448)),
-            (3e14, (192, 256, 320, 448, 512)),
-        ),
-        "predicted": 4e15,
-        "spoiled": 0.2,
-        "grid_at": (3e13, 192),
-        "factors": (0.25, 0.5, 1.0, 2.0, 4.0),
         "held_out": 1800,
     },
 }
@@ -329,8 +324,9 @@ def full_scale(
         held_out: Windows to validate on.
 
     Returns:
-        "allocation" and "allocation, spoiled": "noise" of a mean, exponent "a", its 80 % band "low" to "high", and
-        "a, all at once" by the loss law; where the runs enclose no optimum, "a" says so, and there is no prediction.
+        "allocation" and "allocation, spoiled": the "runs" with the loss of each seed, "noise" of a mean, exponent "a",
+        its 80 % band "low" to "high", and "a, all at once" by the loss law; where the runs enclose no optimum, "a" says
+        so, and there is no prediction.
         "prediction": what was said and measured; "grid": loss by factors of rate and batch; "schedules": losses of
         both. A picture of the curves and of the law through them.
     """
@@ -341,7 +337,7 @@ def full_scale(
     for name, corpus_ in corpora.items():
         runs = [isoflop_runs(plan, layers, corpus_, seed + s) for s in range(seeds)]
         compute, scales, losses, noise = mean_losses(runs)
-        results[name] = {"noise": noise}
+        results[name] = {"noise": noise, "runs": rows(runs)}
         if name == "allocation":
             draw_isoflop(axes[0], compute, scales, losses)
         try:
@@ -389,19 +385,20 @@ def predict_and_train(
 
     Returns:
         "scale" that the law of allocation asks for, "width" that comes nearest, "epochs" of the corpus; bits a byte
-        that a "power law" and a law "with a floor" say, for the latter with a band of 80 % over noise, "low" to "high";
-        "measured" for each seed.
+        that a "power law" and a law "with a floor" say, for the latter with a band of 80 % over noise of the fit and of
+        what is to be measured, "low" to "high"; the "last" budget's best; "measured" for each seed.
     """
     of_compute, scales, losses, noise = measured
     budgets, best = optimal_losses(of_compute, scales, losses)
     scale = fit_allocation(of_compute, scales, losses).model(compute)
-    width = min(
-        range(16, 2049, 16), key=lambda w: abs(math.log(scale_of(sizes(w, layers)) / scale))
-    )
+    widths = (w for w in range(4, 2049, 2) if w % (2 * max(1, w // 16)) == 0)  # even heads
+    width = min(widths, key=lambda w: abs(math.log(scale_of(sizes(w, layers)) / scale)))
     generator, said = np.random.default_rng(seed), []
-    for _ in range(100):
-        moved = best + noise * generator.standard_normal(len(best))
-        said.append(fit_saturating_law(budgets, moved)(compute))
+    for _ in range(300):
+        moved = losses + noise * generator.standard_normal(len(losses))
+        with suppress(ValueError):
+            law = fit_saturating_law(*optimal_losses(of_compute, scales, moved))
+            said.append(law(compute) + noise * generator.standard_normal())
     low, high = np.quantile(said, [0.1, 0.9])
     runs = isoflop_seeds(compute, width, layers, text, seed, seeds)
     return {
@@ -413,6 +410,7 @@ def predict_and_train(
         "with a floor": fit_saturating_law(budgets, best)(compute),
         "low": low,
         "high": high,
+        "last": best[-1],
         "measured": [run.loss for run in runs],
     }
 
