@@ -87,7 +87,7 @@ def visit(browser, address):
             viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
         )
         page = context.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(180_000)
         page.problems, page.loaded = [], {}
         page.route(
             lambda url: not url.startswith((address, "data:", "blob:")),
