@@ -73,11 +73,16 @@ def yarn(
     base: float | int,
     factor: float | int,
     trained_length: int,
-    fast: float | int = 32,
-    slow: float | int = 1,
+    **ends: float | int,
 ) -> tuple[Float[Tensor, "*B T half"], Float[Tensor, "*B T half"]]:
-    """Return cosine and sine for `rotate`, as the ground floor's `rotary` does, with YaRN's frequencies."""
-    omega = yarn_frequencies(dim, base, factor, trained_length, fast, slow).to(positions.device)
+    """Return cosine and sine for `rotate`, as the ground floor's `rotary` does, with YaRN's frequencies.
+
+    Args:
+        positions: Of the tokens.
+        dim, base, factor, trained_length: As for `yarn_frequencies`.
+        ends: Its `fast` and `slow`.
+    """
+    omega = yarn_frequencies(dim, base, factor, trained_length, **ends).to(positions.device)
     angles = positions[..., None] * omega
     return angles.cos(), angles.sin()
 

@@ -416,11 +416,19 @@ def predict_and_train(
 
 
 def isoflop_seeds(
-    compute: float, width: int, layers: int, text: Text, seed: int, seeds: int
+    compute: float,
+    width: int,
+    layers: int,
+    text: Text,
+    seed: int,
+    seeds: int,
+    cosine: bool = False,
 ) -> list[Run]:
-    """Train one model with several seeds at one budget."""
+    """Train one model with several seeds at one budget, with the rate in steps or along a cosine."""
     return [
-        train_at(sizes(width, layers), compute, text, seed=seed + s, **by_law(compute))
+        train_at(
+            sizes(width, layers), compute, text, seed=seed + s, cosine=cosine, **by_law(compute)
+        )
         for s in range(seeds)
     ]
 
@@ -459,11 +467,6 @@ def schedules(
     """Train one model at one budget with the rate in steps and along a cosine, with several seeds: losses of each."""
     compute, width = at
     return {
-        name: [
-            train_at(
-                sizes(width, layers), compute, text, seed=seed + s, cosine=cosine, **by_law(compute)
-            ).loss
-            for s in range(seeds)
-        ]
+        name: [run.loss for run in isoflop_seeds(compute, width, layers, text, seed, seeds, cosine)]
         for name, cosine in (("multi-step", False), ("cosine", True))
     }

@@ -51,7 +51,7 @@ def cosine_schedule(optimizer: Optimizer, steps: int, warmup: int) -> LambdaLR:
 
     def share(step: int) -> float:
         if step < warmup:
-            return (step + 1) / warmup
+            return multi_step(step, steps, warmup)
         return 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
     return LambdaLR(optimizer, share)
