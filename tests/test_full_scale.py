@@ -52,6 +52,11 @@ SLICES: dict[str, dict] = {
     "10_sequence_packing": dict(
         million=2000, capacity=64, batch=4, width=16, layers=1, heads=2, seeds=1, steps=2, seconds=0.01
     ),
+    "11_scaling_laws": dict(
+        seeds=2, layers=1, plan=((2e8, (8, 12, 16)), (3e8, (8, 12, 16)), (4e8, (8, 12, 16))), predicted=6e8,
+        spoiled=0.2, grid_at=(2e8, 12), factors=(0.5, 1.0),
+        held_out=20,
+    ),
     "part1_synthesis": dict(seeds=1, steps=3, batch_size=16, pairs=64, test_points=20, samples=50),
 }  # fmt: skip
 

@@ -358,6 +358,22 @@ def test_the_noise_is_that_of_a_mean_over_seeds():
         experiment.mean_losses(made[:1])
 
 
+def test_two_seeds_make_a_noise():
+    made = [[experiment.Run(1e10, 1.0, 1e10, loss)] for loss in (3.0, 5.0)]
+    assert experiment.mean_losses(made)[3] == pytest.approx(1)  # variance 2 of a run, 1 of a mean
+
+
+def test_a_model_that_knows_nothing_needs_the_bits_of_the_vocabulary(text):
+    model = experiment.Decoder(experiment.sizes(8, 1))
+    torch.nn.init.zeros_(model.head.weight)
+    assert experiment.bits_per_byte(model, text) == pytest.approx(math.log2(257), abs=1e-5)
+
+
+def test_a_layer_has_twelve_times_the_square_of_its_width():
+    counted = flops.flops_per_token(2, 48, 257, experiment.LENGTH).non_embedding
+    assert experiment.scale_of(experiment.sizes(48, 2)) == counted
+
+
 def test_optimal_losses_and_pictures():
     compute, scales, _, losses = runs(count=5)
     budgets, best = experiment.optimal_losses(compute, scales, losses)
@@ -393,6 +409,17 @@ def test_a_prediction_follows_the_laws_of_the_runs(text, monkeypatch):
     assert found["with a floor"] == pytest.approx(best, rel=0.05)
     assert found["low"] < found["with a floor"] < found["high"]
     assert found["measured"] == [1.23] and found["epochs"] == 2
+
+
+def test_the_band_of_a_prediction_holds_the_noise_of_what_is_measured(text, monkeypatch):
+    compute, scales, _, losses = runs(count=5)
+    known = experiment.optimal_losses(compute, scales, losses)
+    monkeypatch.setattr(
+        experiment, "isoflop_seeds", lambda *_: [experiment.Run(1.0, 1.0, 1.0, 1.0)]
+    )
+    monkeypatch.setattr(experiment, "optimal_losses", lambda *_: known)  # fits without noise
+    found = experiment.predict_and_train((compute, scales, losses, 0.1), 1e13, 2, text, 0, 1)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.2816 * 0.1, rel=0.15)
 
 
 SLICE = dict(

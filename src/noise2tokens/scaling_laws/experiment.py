@@ -246,7 +246,7 @@ def draw_isoflop(ax: Axes, compute: ndarray, scales: ndarray, losses: ndarray) -
             ax.plot(best.scale, best.loss, "*", color=INK, ms=11)
     ax.set(xscale="log", xlabel="M, non-embedding FLOP a token", ylabel="held-out bits a byte")
     ax.xaxis.set_minor_formatter(NullFormatter())  # labels between powers of ten would overlap
-    ax.legend(fontsize="x-small")
+    ax.legend(fontsize="x-small", loc="lower left")  # larger budgets lie lower and further right
 
 
 def draw_allocation(
