@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from noise2tokens.flow_vs_diffusion.integrators import dormand_prince
 from noise2tokens.gradient_checkpointing.checkpoint import checkpoint, checkpoint_by_hooks
 from noise2tokens.gradient_checkpointing.models import recomputing
 from noise2tokens.gradient_checkpointing.schedules import equal_spans
+from noise2tokens.mla.attention import LatentAttention, Sizes
 from noise2tokens.networks import TimeMLP
 from noise2tokens.nice import Chain
 from noise2tokens.realnvp_glow.coupling import RealNVP
@@ -31,7 +33,15 @@ from noise2tokens.realnvp_glow.multiscale import glow_step, initialize
 from noise2tokens.sequence_packing.experiment import arrange, decoder, functions, mean_loss
 from noise2tokens.sequence_packing.layout import pad_batch
 from noise2tokens.sequence_packing.patch import without_padding
-from noise2tokens.transformer import Config, Decoder, generate, next_token_loss
+from noise2tokens.transformer import (
+    Config,
+    Decoder,
+    KVCache,
+    Layout,
+    generate,
+    next_token_loss,
+    rotary,
+)
 from noise2tokens.vq_vae.quantizers import FSQ, VectorQuantizer
 
 Calls = dict[str, Callable[[], Any]]
@@ -337,6 +347,79 @@ def patched() -> Calls:
         return loss.item()
 
     return {"transformers": theirs, "ours": ours}
+
+
+def latent_layers(keys: int, queries: int) -> tuple[LatentAttention, Calls]:
+    """A layer of latent attention, and calls of transformers' and of ours for tokens after a filled cache."""
+    from test_mla import theirs_like
+    from transformers import DynamicCache
+
+    config, sizes = Config(1, 512, 1, 16, norm_eps=1e-6), Sizes(128, 32, 16, 32, query_rank=192)
+    ours = LatentAttention(config, sizes=sizes)
+    peer, settings = theirs_like(ours, config, sizes, 1, True)
+    peer, settings._attn_implementation = peer.float(), "sdpa"
+    ours_cache, their_cache = (KVCache(keys + queries), DynamicCache()) if keys else (None, None)
+
+    def run(name: str, x: Tensor, first: int) -> Tensor:
+        positions = torch.arange(first, first + x.shape[1])
+        cos, sin = (part.float() for part in rotary(positions, sizes.rope_dim, config.rope_base))
+        if name == "ours":
+            return ours(x, Layout(positions, cos[None], sin[None], first + x.shape[1]), ours_cache)
+        angles = cos.repeat(1, 2)[None], sin.repeat(1, 2)[None]
+        return peer(x, angles, None, past_key_values=their_cache)[0]
+
+    x = torch.randn(1, keys + queries, 512)
+    with torch.no_grad():
+        for name in ("transformers", "ours") if keys else ():
+            run(name, x[:, :keys], 0)
+
+    def call(name: str) -> Tensor:
+        out = run(name, x[:, keys:], keys)
+        if keys and name == "ours":
+            ours_cache.crop(keys)
+        elif keys:
+            their_cache.crop(-queries)
+        return out
+
+    return ours, {name: partial(call, name) for name in ("transformers", "ours")}
+
+
+@case("12_mla", "latent attention, forward, 256 tokens", False)
+@case("12_mla", "latent attention, forward and backward, 256 tokens", True)
+def latent_prompt(backward: bool) -> Calls:
+    _, calls = latent_layers(0, 256)
+
+    def step(call: Callable[[], Tensor]) -> Tensor:
+        with torch.set_grad_enabled(backward):
+            out = call()
+            if backward:
+                out.square().sum().backward()
+        return out.detach()
+
+    return {name: partial(step, call) for name, call in calls.items()}
+
+
+@case("12_mla", "latent attention, a token after 1024 in the cache")
+def latent_decoding() -> Calls:
+    _, calls = latent_layers(1024, 1)
+    return {name: partial(no_grad, call) for name, call in calls.items()}
+
+
+@case("12_mla", "absorbed beside expanded, 1 token after 1024", 1)
+@case("12_mla", "absorbed beside expanded, 256 tokens after 1024", 256)
+def latent_forms(queries: int) -> Calls:
+    ours, calls = latent_layers(1024, queries)
+
+    def run(absorbed: bool) -> Tensor:
+        ours.absorbed = absorbed
+        return no_grad(calls["ours"])
+
+    return {"expanded": partial(run, False), "ours": partial(run, True)}
+
+
+def no_grad(call: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return call()
 
 
 def decoders() -> tuple[Decoder, nn.Module, Tensor]:

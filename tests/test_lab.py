@@ -21,6 +21,14 @@ from noise2tokens.flash_attention.tiled import (
     tiled_forward,
 )
 from noise2tokens.labs import lab, lab_page
+from noise2tokens.mla.attention import Sizes
+from noise2tokens.mla.cost import (
+    crossover,
+    grouped_elements,
+    grouped_intensity,
+    latent_elements,
+    latent_intensity,
+)
 from noise2tokens.scaling_laws.flops import BATCH_TOKENS, LEARNING_RATE, MODEL_SCALE
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -301,6 +309,86 @@ def test_the_scaling_lab_reads_the_packages_laws(browser, decades, doublings):
     assert state == pytest.approx(expected, rel=1e-9)
     words = page.locator(".n2t-scaling p").inner_text()
     assert {-2.5: "smaller", 0: "optimum of the law", 4: "larger"}[doublings] in words
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
+    from axe_playwright_python.sync_playwright import Axe
+
+    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
+    page.close()
+
+
+# Choose a cache
+
+V3 = dict(
+    heads=128,
+    groups=8,
+    headDim=128,
+    latent=512,
+    rotary=64,
+    layers=61,
+    tokens=131072,
+    texts=8,
+    bits=16,
+)
+
+
+@needs_browser
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(heads=16, groups=128, headDim=64, layers=1, tokens=1024, texts=1, bits=32),
+        dict(latent=64, rotary=16, tokens=1048576, bits=6),
+        dict(groups=1, headDim=256, latent=2048, rotary=128, texts=128, bits=4),
+        dict(headDim=128, latent=128),  # both forms meet at all tokens being new
+        dict(headDim=224, latent=192, tokens=1024),  # and here beyond that, where no step is
+    ],
+)
+def test_the_cache_lab_computes_what_the_package_does(browser, change):
+    page, problems = browser.new_page(viewport={"width": 390, "height": 844}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url))
+    figure = lab_page("mla_lab", dict(start=V3, memory=80, ridge=295), alt="Caches of four kinds.")
+    page.set_content(
+        f'<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>{figure}</main></html>'
+    )
+    page.wait_for_function("document.querySelector('.n2t-lab').state")
+    state = page.evaluate(
+        """(wanted) => {
+          const lab = document.querySelector(".n2t-lab");
+          for (const [name, value] of Object.entries(wanted)) {
+            const slider = lab.querySelector(`[data-name=${name}]`);
+            for (let i = 0; i <= Number(slider.max); i++) {
+              slider.value = i;
+              slider.dispatchEvent(new Event("input"));
+              if (lab.state[name] === value) break;
+            }
+          }
+          return lab.state;
+        }""",
+        change,
+    )
+    plan = V3 | change
+    plan["groups"] = min(plan["groups"], plan["heads"])
+    assert {name: state[name] for name in plan} == plan
+    heads, groups, dim, layers = (plan[name] for name in ("heads", "groups", "headDim", "layers"))
+    latent, rotary, bits = plan["latent"], plan["rotary"], plan["bits"]
+    counts = {"MHA": heads, "GQA": groups, "MQA": 1}
+    numbers = {name: grouped_elements(layers, count, dim) for name, count in counts.items()}
+    numbers["MLA"] = latent_elements(layers, latent, rotary)
+    assert state["numbers"] == numbers
+    assert state["bytes"] == {name: count * bits / 8 for name, count in numbers.items()}
+    intensity = {name: grouped_intensity(heads, count, bits) for name, count in counts.items()}
+    intensity["MLA"] = latent_intensity(heads, latent, rotary, bits)
+    assert state["intensity"] == pytest.approx(intensity, rel=1e-12)
+    at = crossover(Sizes(latent, dim, rotary, dim), plan["tokens"])
+    assert state["crossover"] == (None if at is None else pytest.approx(float(at), rel=1e-12))
+    total = {n: b * plan["tokens"] * plan["texts"] / 1e9 for n, b in state["bytes"].items()}
+    assert state["total"] == pytest.approx(total, rel=1e-12)
+    assert state["fits"] == [name for name in total if total[name] <= 80]
+    assert state["busy"] == [name for name in intensity if intensity[name] >= 295]
+    words = page.locator(".n2t-mla p").inner_text()
+    assert ("always" in words) is (at is None or at >= plan["tokens"])
     assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
     from axe_playwright_python.sync_playwright import Axe
 

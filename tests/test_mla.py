@@ -41,6 +41,7 @@ from noise2tokens.mla.experiment import (
     several_seeds,
     train_variants,
     variants,
+    without_attention,
 )
 from noise2tokens.mla.rope import (
     mscale,
@@ -327,7 +328,25 @@ def counted(layer, config, sizes, absorbed, queries, keys):
 def test_operations_are_those_that_pytorch_counts(case, absorbed, queries, keys):
     config, sizes = case
     got = counted(make(config, sizes), config, sizes, absorbed, queries, keys)
-    assert got == operations(sizes, config.heads, queries, keys, absorbed)
+    # sums are as wide as keys, and what is beyond values is dropped
+    padding = max(0, sizes.nope_dim + sizes.rope_dim - sizes.value_dim)
+    dropped = 2 * config.heads * queries * keys * (sizes.rope_dim if absorbed else padding)
+    assert got == operations(sizes, config.heads, queries, keys, absorbed) + dropped
+
+
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_one_width_for_the_fused_kernel(absorbed):
+    """PyTorch's fused attention on a CPU takes keys and values of one width only."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    config, sizes = SIZES["as V3"]
+    layer = make(config, sizes, absorbed=absorbed)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+        for first, tokens in ((0, 9), (8, 1), (5, 4)):
+            cache = KVCache()
+            cache.append(torch.randn(1, 1, first, sizes.kv_rank + sizes.rope_dim).double())
+            x = torch.randn(1, tokens, config.width).double()
+            layer(x, layout_for(config, sizes, 1, first, tokens), cache)
 
 
 def test_crossover():
@@ -517,12 +536,14 @@ def test_a_slice_of_the_long_run():
     cpu = torch.device("cpu")
     found, pictures = full_scale(cpu, seed=0, seeds=2, **timing, **TRAINING)
     again = several_seeds(cpu, 1, 1, **TRAINING)
+    again |= several_seeds(cpu, 1, 1, kinds=without_attention, **TRAINING)
+    assert set(found["trained"]) == set(again)
     for name, kind in found["trained"].items():
         first, second = kind["bits"]
         assert 3 < first < 7 and first != second  # 8 bits before training
         assert again[name]["bits"] == [second]
     bits = [kind["bits"][0] for kind in found["trained"].values()]
-    assert len(set(bits)) == 4
+    assert len(set(bits)) == 5 and found["trained"]["no attention"]["bytes"] == 0
     forms = {"expanded", "absorbed"}
     kinds = {"MHA", "GQA, 2 groups", "MQA"} | {f"MLA, {form}" for form in forms}
     assert {n: set(row) for n, row in found["milliseconds"].items()} == {
@@ -543,6 +564,20 @@ def test_bits_are_those_of_files_that_were_not_trained_on():
     for kind in found.values():
         assert single - 1.5 < kind["bits"] < single + 0.5
         assert len(kind["curve"]) == 60 and kind["curve"][-1] < kind["curve"][0]
+
+
+def test_without_attention_no_token_sees_another():
+    (model,) = without_attention(16, 2, 4).values()
+    tokens = torch.randint(256, (1, 9))
+    other = torch.cat([torch.randint(256, (1, 8)), tokens[:, 8:]], 1)
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[:, 8], model(other)[:, 8])
+        full = variants(16, 2, 4)["MHA"]
+        assert not torch.allclose(full(tokens)[:, 8], full(other)[:, 8])  # a control
+    sizes = [sum(weight.numel() for weight in m.parameters()) for m in (model, full)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+    found = train_variants(torch.device("cpu"), 0, kinds=without_attention, **TRAINING)
+    assert set(found) == {"no attention"} and found["no attention"]["bytes"] == 0
 
 
 def test_training_and_held_out_files_are_not_confused(monkeypatch):

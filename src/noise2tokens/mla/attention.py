@@ -43,7 +43,8 @@ def operations(sizes: Sizes, heads: int, queries: int, keys: int, absorbed: bool
     """Count floating-point operations between the projections that both forms share.
 
     Expanded: keys and values from all latents, then scores and sums over N + R and V. Absorbed: queries and sums
-    through the same matrices, then scores and sums over C + R and C. A mask saves nothing here.
+    through the same matrices, then scores and sums over C + R and C. A mask saves nothing here, and columns of
+    sums that the layer drops are not counted.
 
     Args:
         sizes: Dimensions.
@@ -66,7 +67,7 @@ class LatentAttention(nn.Module):
         config: Width, heads and norm_eps; head_dim and kv_heads are not used.
         linear: Called with (inputs, outputs, bias=False).
         sizes: Dimensions.
-        core: Attention on expanded queries, keys and values, called as `attend`; V may differ from N + R.
+        core: Attention on expanded queries, keys and values, called as `attend`; values narrower than keys are padded.
         absorbed: Which form to compute; the one with fewer operations if not given.
         score_factor: Multiplies all scores beside 1 / sqrt(N + R): mscale squared, under YaRN.
 
@@ -135,20 +136,26 @@ class LatentAttention(nn.Module):
     def attend_expanded(
         self, q_BHTN: Tensor, q_BHTR: Tensor, latents_B1SL: Tensor, layout: Layout
     ) -> Float[Tensor, "B H T V"]:
-        """Make keys and values of all heads from the latents, then attend as always (equations 42 and 44 to 46)."""
+        """Make keys and values of all heads from the latents, then attend as always (equations 42 and 44 to 46).
+
+        Values are padded to the width of keys, and the sums of zeros are dropped, for the reason in `attend_absorbed`.
+        """
         c_B1SC, k_B1SR = latents_B1SL.split([self.sizes.kv_rank, self.sizes.rope_dim], -1)
         kv_BHSK = self.kv_up(c_B1SC[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BHSN, v_BHSV = kv_BHSK.split([self.sizes.nope_dim, self.sizes.value_dim], -1)
         k_BHSR = k_B1SR.expand(-1, self.heads, -1, -1)
         q, k = torch.cat([q_BHTN, q_BHTR], -1), torch.cat([k_BHSN, k_BHSR], -1)
-        return self.core(q, k, v_BHSV, layout)
+        narrower = max(0, k.shape[-1] - self.sizes.value_dim)
+        o_BHTK = self.core(q, k, F.pad(v_BHSV, (0, narrower)), layout)
+        return o_BHTK[..., : self.sizes.value_dim]
 
     def attend_absorbed(
         self, q_BHTN: Tensor, q_BHTR: Tensor, latents_B1SL: Tensor, layout: Layout
     ) -> Float[Tensor, "B H T V"]:
         """Bring queries to the latents and sums of latents back to values: no key or value is ever made.
 
-        All heads read one key, [c, k_R], and one value, c. So they are rows of one attention with one head.
+        All heads read one key, [c, k_R], and one value, c. So they are rows of one attention with one head. It gets
+        the whole key as value too, and the sums of k_R are dropped: PyTorch's fused kernel on a CPU wants one width.
 
         Source: DeepSeek-V2, 2024, appendix C, the paragraph below equation 47.
         """
@@ -158,14 +165,12 @@ class LatentAttention(nn.Module):
         tokens = q_BHTL.shape[2]
         scale = (self.sizes.nope_dim + self.sizes.rope_dim) ** -0.5
         mask = None if tokens == 1 else layout.mask.repeat(self.heads, 1)
-        o_B1XC = F.scaled_dot_product_attention(
-            q_BHTL.flatten(1, 2).unsqueeze(1),
-            latents_B1SL,
-            latents_B1SL[..., : self.sizes.kv_rank],
-            attn_mask=mask,
-            scale=scale,
+        q_B1XL = q_BHTL.flatten(1, 2).unsqueeze(1)
+        o_B1XL = F.scaled_dot_product_attention(
+            q_B1XL, latents_B1SL, latents_B1SL, attn_mask=mask, scale=scale
         )
-        return o_B1XC[:, 0].unflatten(1, (self.heads, tokens)) @ up_HVC.transpose(1, 2)
+        o_BHTC = o_B1XL[:, 0, :, : self.sizes.kv_rank].unflatten(1, (self.heads, tokens))
+        return o_BHTC @ up_HVC.transpose(1, 2)
 
 
 def latent_decoder(

@@ -73,7 +73,8 @@ def crossover(sizes: Sizes, keys: int) -> Fraction | None:
         keys: Tokens that are attended to.
 
     Returns:
-        None if the absorbed form is always cheaper, as where 2 kv_rank is far below nope_dim + value_dim.
+        None if the absorbed form is cheaper for any number. It always is, too, where the result exceeds `keys`: no step
+        has more queries than keys. So it is wherever 2 kv_rank < nope_dim + value_dim.
 
     Raises:
         ValueError: If there are no keys.

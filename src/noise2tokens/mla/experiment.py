@@ -7,7 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 from noise2tokens.benchmark import compare
 from noise2tokens.mla.attention import LatentAttention, Sizes, latent_decoder
@@ -57,6 +59,25 @@ def variants(width: int, layers: int, heads: int) -> dict[str, Decoder]:
     }
 
 
+class NoAttention(nn.Module):
+    """In place of attention: no token reads anything from another. Adds zeros to the stream."""
+
+    def forward(
+        self, x_BTD: Float[Tensor, "B T D"], layout: Layout, cache: KVCache | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Return zeros."""
+        return torch.zeros_like(x_BTD)
+
+
+def without_attention(width: int, layers: int, heads: int) -> dict[str, Decoder]:
+    """Make a decoder as large as those of `variants` whose tokens do not see one another: what context is worth."""
+    hidden = 4 * width + round(
+        4 * width / 3
+    )  # four matrices of attention in three of the feed-forward network
+    config = Config(Bytes().vocab_size, width, layers, heads, hidden=hidden)
+    return {"no attention": Decoder(config, attention=lambda config, linear: NoAttention())}
+
+
 def measure_cache(model: Decoder, tokens: int = 8) -> int:
     """Return the bytes that one token takes in a model's cache, measured."""
     cache = [WeighedCache() for _ in model.blocks]
@@ -78,8 +99,9 @@ def train_variants(
     steps: int,
     learning_rate: float,
     windows_held_out: int,
+    kinds: Callable[[int, int, int], dict[str, Decoder]] = variants,
 ) -> dict[str, dict[str, Any]]:
-    """Train each kind once, on the same windows in the same order.
+    """Train each of the models that `kinds` makes once, on the same windows in the same order.
 
     Returns:
         By kind: "bits" a byte of files that were not trained on, "parameters", "bytes" in the cache a token, "curve" of
@@ -94,7 +116,7 @@ def train_variants(
     )
     inputs, targets = validation_windows(held_out, length, windows_held_out)
     found = {}
-    for name, model in variants(width, layers, heads).items():
+    for name, model in kinds(width, layers, heads).items():
         seed_everything(seed)
         model.to(device).initialize()
         draw = windows(stream, length, torch.Generator(device).manual_seed(seed))
@@ -222,11 +244,11 @@ def crossing(times: dict[str, dict[str, float]]) -> float | None:
 
 
 TRAINING = {"width": 48, "layers": 2, "heads": 4, "length": 64, "batch": 8}
-SMALL = TRAINING | {"steps": 100, "learning_rate": 5e-3, "windows_held_out": 64}
+SMALL = TRAINING | {"steps": 400, "learning_rate": 2e-3, "windows_held_out": 64}
 
 BUDGETS = {
     "long": TRAINING
-    | {"width": 128, "length": 128, "batch": 16, "steps": 500, "learning_rate": 2e-3}
+    | {"width": 128, "length": 128, "batch": 16, "steps": 300, "learning_rate": 2e-3}
     | {"windows_held_out": 128, "seeds": 3, "decode_width": 512, "decode_heads": 16}
     | {"keys": (256, 2048, 16384), "decode_batch": 1, "queries": (1, 4, 16, 64, 256)}
     | {"seconds": 1.0},
@@ -252,7 +274,7 @@ def full_scale(
     seconds: float,
     **training: Any,
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """Train the four kinds with several seeds, and time one layer at decoding.
+    """Train the four kinds and a model without attention with several seeds, and time one layer at decoding.
 
     Args:
         device: Where.
@@ -270,7 +292,8 @@ def full_scale(
         "trained": by kind "bits" for each seed, "parameters" and "bytes". "milliseconds": by length and kind. "forms":
         by number of new tokens and form.
     """
-    trained = several_seeds(device, seed, seeds, **training)
+    trained = several_seeds(device, seed, seeds, kinds=without_attention, **training)
+    trained |= several_seeds(device, seed, seeds, **training)
     layer = device, decode_width, decode_heads
     times = {str(n): decoding_times(*layer, n, decode_batch, seconds) for n in keys}
     forms = form_times(*layer, keys[len(keys) // 2], queries, seconds)
@@ -308,27 +331,30 @@ def draw_times(ax, times: dict[str, dict[str, float]]) -> None:
 
 
 def draw_trade(ax, trained: dict[str, dict[str, Any]]) -> None:
-    """Draw bits a byte against bytes in the cache, a point for each seed."""
-    for name, kind in trained.items():
+    """Draw bits a byte against bytes in the cache, a point for each seed; a line for each where there is no cache."""
+    cached = {name: kind for name, kind in trained.items() if kind["bytes"]}
+    for name, kind in cached.items():
         ax.plot([kind["bytes"]] * len(kind["bits"]), kind["bits"], "o", label=name)
+    for name in trained.keys() - cached.keys():
+        for i, bits in enumerate(trained[name]["bits"]):
+            ax.axhline(bits, color="#7a7a7a", ls="--", lw=0.8, label=None if i else name)
     ax.set(xlabel="bytes in the cache a token", ylabel="bits a byte", xscale="log")
-    counts = [kind["bytes"] for kind in trained.values()]
+    counts = [kind["bytes"] for kind in cached.values()]
     ax.set_xticks(counts, [str(count) for count in counts])
     ax.set_xticks([], minor=True)
-    ax.legend(fontsize="x-small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    ax.legend(fontsize="x-small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def draw_ramp(
     ax, dim: int, base: float | int, factor: float | int, length: int, fast: int = 32, slow: int = 1
 ) -> None:
     """Draw YaRN's share of each pair's angle: as in DeepSeek's code, and with the ramp of YaRN's paper."""
-    pairs = torch.arange(dim // 2, dtype=torch.float64)
-    plain = base ** (-2 * pairs / dim)
+    pairs, plain = torch.arange(dim // 2), yarn_frequencies(dim, base, 1, length)
     turns = length * plain / (2 * math.pi)
     kept = ((turns - slow) / (fast - slow)).clamp(0, 1)
     code = yarn_frequencies(dim, base, factor, length, fast, slow)
     ax.plot(pairs, code / plain, "o-", label="linear in the pair")
     ax.plot(pairs, kept + (1 - kept) / factor, "s:", label="linear in turns")
     ax.axhline(1 / factor, color="#7a7a7a", lw=0.8)
-    ax.set(xlabel="pair $i$", ylabel="angle over RoPE's")
+    ax.set(xlabel="pair $j$", ylabel="angle over RoPE's")
     ax.legend(fontsize="x-small")

@@ -22,7 +22,7 @@ def mscale(factor: float | int) -> float:
 def turning_pair(turns: float | int, dim: int, base: float | int, length: int) -> float:
     """Return the (fractional) pair of rotary coordinates that turns so often over a length.
 
-    Source: Peng et al. 2023, section 3.2; pair i has the wavelength 2 pi base^(2i/dim).
+    Source: Peng et al. 2023, section 3.2; pair j has the wavelength 2 pi base^(2j/dim).
     """
     return dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))
 
@@ -90,7 +90,7 @@ def yarn(
 def rotate_interleaved(
     x: Float[Tensor, "*B T K"], cos: Float[Tensor, "*b T half"], sin: Float[Tensor, "*b T half"]
 ) -> Float[Tensor, "*B T K"]:
-    """Turn pairs of coordinates, pair i being coordinates 2i and 2i + 1: the order of DeepSeek's and Meta's code."""
+    """Turn pairs of coordinates, pair j being coordinates 2j and 2j + 1: the order of DeepSeek's and Meta's code."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1)
     return turned.flatten(-2).to(x.dtype)

@@ -13,7 +13,8 @@ export function read({ heads, groups, headDim, latent, rotary, layers, tokens, t
     MLA: ((2 * heads * (2 * latent + rotary)) / (latent + rotary)) * (8 / bits),
   };
   const bytes = Object.fromEntries(Object.entries(numbers).map(([name, count]) => [name, (count * bits) / 8]));
-  // New tokens a step at which both forms of latent attention cost the same; none where absorbed is always cheaper.
+  // New tokens a step at which both forms of latent attention cost the same; none where absorbed is cheaper for any
+  // number. A step has at most as many new tokens as it attends to, so absorbed is always cheaper, too, beyond those.
   const expand = 2 * latent * headDim, each = expand + (2 * latent - 2 * headDim) * tokens;
   return { numbers, bytes, intensity, crossover: each > 0 ? (expand * tokens) / each : null };
 }
@@ -59,7 +60,7 @@ export function mount(figure, bench, { start, memory, ridge }) {
     bench.querySelector("p").textContent =
       `${fits.length ? fits.join(", ") : "None"} of the four ${fits.length === 1 ? "fits" : "fit"} in ${memory} GB. ` +
       `${busy.length ? busy.join(", ") : "None"} would keep a chip busy that does ${short(ridge)} operations a byte. ` +
-      (found.crossover === null ? "Absorbing always has fewer operations than expanding." : `From ${Math.ceil(found.crossover)} new tokens a step on, expanding latents has no more operations than absorbing.`);
+      (found.crossover === null || found.crossover >= plan.tokens ? "Absorbing always has as few operations as expanding, or fewer." : `From ${Math.ceil(found.crossover)} new tokens a step on, expanding latents has no more operations than absorbing.`);
     figure.state = { ...plan, ...found, total, fits, busy };
   };
   for (const [name] of SLIDERS) slider(name).addEventListener("input", draw);
