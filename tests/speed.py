@@ -22,6 +22,8 @@ from noise2tokens.distribution_transforms.distances import optimal_pairs, sliced
 from noise2tokens.flow_vs_diffusion.cnf import draw_probe, log_likelihood
 from noise2tokens.flow_vs_diffusion.diffusion import NoiseSchedule
 from noise2tokens.flow_vs_diffusion.integrators import dormand_prince
+from noise2tokens.fp8.gemm import fast_gemm
+from noise2tokens.fp8.scaling import ROW, quantize
 from noise2tokens.gradient_checkpointing.checkpoint import checkpoint, checkpoint_by_hooks
 from noise2tokens.gradient_checkpointing.models import recomputing
 from noise2tokens.gradient_checkpointing.schedules import equal_spans
@@ -420,6 +422,16 @@ def latent_forms(queries: int) -> Calls:
 def no_grad(call: Callable[[], Tensor]) -> Tensor:
     with torch.no_grad():
         return call()
+
+
+@case("14_fp8", "product of two FP8 matrices, a scale for each row, 256×512 by 512×256")
+def scaled_product() -> Calls:
+    a, b = (quantize(torch.randn(256, 512), ROW) for _ in range(2))
+    scales = dict(scale_a=a.scales, scale_b=b.scales.T, out_dtype=torch.float32)
+    return {
+        "PyTorch": lambda: torch._scaled_mm(a.values, b.values.T, **scales),
+        "ours": lambda: fast_gemm(a, b),
+    }
 
 
 def decoders() -> tuple[Decoder, nn.Module, Tensor]:

@@ -61,6 +61,9 @@ SLICES: dict[str, dict] = {
         seeds=1, width=16, layers=1, heads=4, length=8, batch=2, steps=2, learning_rate=1e-3, windows_held_out=4,
         decode_width=16, decode_heads=4, keys=(4, 8, 16), decode_batch=1, queries=(1, 2), seconds=0.01,
     ),
+    "14_fp8": dict(
+        seeds=1, steps=2, batch_size=2, length=16, width=16, layers=1, heads=2, windows_held_out=4, lengths=(64,),
+    ),
     "part1_synthesis": dict(seeds=1, steps=3, batch_size=16, pairs=64, test_points=20, samples=50),
 }  # fmt: skip
 
