@@ -9,6 +9,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from noise2tokens.deepseek_v3.config import Config as V3Config
+from noise2tokens.deepseek_v3.count import count_parameters, training_flops
+from noise2tokens.deepseek_v3.pipeline import Durations, compare_methods
 from noise2tokens.flash_attention.cost import plain_bytes, tiled_bytes
 from noise2tokens.flash_attention.softmax import SoftmaxState, block_state, finish, merge
 from noise2tokens.flash_attention.tiled import (
@@ -29,6 +32,7 @@ from noise2tokens.mla.cost import (
     latent_elements,
     latent_intensity,
 )
+from noise2tokens.moe.layer import MoEConfig
 from noise2tokens.scaling_laws.flops import BATCH_TOKENS, LEARNING_RATE, MODEL_SCALE
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -389,6 +393,135 @@ def test_the_cache_lab_computes_what_the_package_does(browser, change):
     assert state["busy"] == [name for name in intensity if intensity[name] >= 295]
     words = page.locator(".n2t-mla p").inner_text()
     assert ("always" in words) is (at is None or at >= plan["tokens"])
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
+    from axe_playwright_python.sync_playwright import Axe
+
+    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
+    page.close()
+
+
+# Design a model
+
+V3_PLAN = dict(
+    layers=61, dense=3, width=7168, heads=128, hidden=18432, kv=512, query=1536, nope=128, rope=64,
+    value=128, experts=256, topK=8, expert=2048, shared=1, vocab=129280, tokens=4096,
+)  # fmt: skip
+
+
+def v3_config(plan: dict) -> V3Config:
+    return V3Config(
+        vocab_size=plan["vocab"],
+        width=plan["width"],
+        layers=plan["layers"],
+        heads=plan["heads"],
+        hidden=plan["hidden"],
+        attention=Sizes(
+            plan["kv"], plan["nope"], plan["rope"], plan["value"], query_rank=plan["query"]
+        ),
+        mixture=MoEConfig(plan["experts"], plan["topK"], plan["expert"], shared=plan["shared"]),
+        dense=plan["dense"],
+    )
+
+
+@needs_browser
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(layers=4, dense=4, width=512, heads=8, kv=128),
+        dict(experts=8, topK=8, expert=256, tokens=131072),
+        dict(layers=128, dense=0, width=12288, heads=256, experts=512, topK=32, expert=8192),
+    ],
+)
+def test_the_model_lab_counts_as_the_package_does(browser, change):
+    page, problems = browser.new_page(viewport={"width": 390, "height": 844}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url))
+    figure = lab_page("v3_lab", dict(start=V3_PLAN), alt="What a model holds.")
+    page.set_content(
+        f'<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>{figure}</main></html>'
+    )
+    page.wait_for_function("document.querySelector('.n2t-lab').state")
+    state = page.evaluate(
+        """(wanted) => {
+          const lab = document.querySelector(".n2t-lab");
+          for (const [name, value] of Object.entries(wanted)) {
+            const slider = lab.querySelector(`[data-name=${name}]`);
+            for (let i = 0; i <= Number(slider.max); i++) {
+              slider.value = i;
+              slider.dispatchEvent(new Event("input"));
+              if (lab.state[name] === value) break;
+            }
+          }
+          return lab.state;
+        }""",
+        change,
+    )
+    plan = V3_PLAN | change
+    assert {name: state[name] for name in plan} == plan
+    config = v3_config(plan)
+    parts, active = count_parameters(config), count_parameters(config, active=True)
+    assert state["parts"] == parts and state["active"] == active
+    assert state["total"] == sum(parts.values())
+    assert state["used"] == sum(active.values()) - active["embedding"]
+    sizes = config.attention
+    assert state["cache"] == latent_elements(plan["layers"], sizes.kv_rank, sizes.rope_dim)
+    assert state["flops"] == training_flops(config, plan["tokens"], causal=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
+    from axe_playwright_python.sync_playwright import Axe
+
+    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
+    page.close()
+
+
+# A pipeline of your own
+
+
+@needs_browser
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(ranks=2, batches=4, weights=1.6, both=2),
+        dict(ranks=16, batches=32, weights=0.4, both=3.2),
+        dict(ranks=6, batches=36, weights=1.2, both=2.2),
+    ],
+)
+def test_the_schedule_lab_simulates_as_the_package_does(browser, change):
+    page, problems = browser.new_page(viewport={"width": 390, "height": 844}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url))
+    start = dict(ranks=8, batches=2, weights=1, both=2.6)
+    figure = lab_page("schedule_lab", dict(start=start), alt="Three schedules.")
+    page.set_content(
+        f'<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>{figure}</main></html>'
+    )
+    page.wait_for_function("document.querySelector('.n2t-lab').state")
+    state = page.evaluate(
+        """(wanted) => {
+          const lab = document.querySelector(".n2t-lab");
+          for (const [name, value] of Object.entries(wanted)) {
+            const slider = lab.querySelector(`[data-name=${name}]`);
+            for (let i = 0; i <= Number(slider.max); i++) {
+              slider.value = i;
+              slider.dispatchEvent(new Event("input"));
+              if (lab.state[name] === value) break;
+            }
+          }
+          return lab.state;
+        }""",
+        change,
+    )
+    plan = dict(ranks=8, batches=16, weights=1, both=2.6) | change
+    assert {name: state[name] for name in plan} == plan
+    durations = Durations(forward=1, backward=2, weights=plan["weights"], both=plan["both"])
+    for name, row in compare_methods(plan["ranks"], plan["batches"], durations).items():
+        found = state["found"][name]
+        assert found["bubble"] == pytest.approx(row["bubble"], abs=1e-9)
+        assert found["bubble"] / found["end"] == pytest.approx(row["share"], abs=1e-9)
+        assert found["activations"] == row["activations"]
     assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
     from axe_playwright_python.sync_playwright import Axe
 
