@@ -28,6 +28,8 @@ from noise2tokens.gradient_checkpointing.checkpoint import checkpoint, checkpoin
 from noise2tokens.gradient_checkpointing.models import recomputing
 from noise2tokens.gradient_checkpointing.schedules import equal_spans
 from noise2tokens.mla.attention import LatentAttention, Sizes
+from noise2tokens.moe.experts import looped
+from noise2tokens.moe.layer import MixtureOfExperts, MoEConfig, to_transformers
 from noise2tokens.networks import TimeMLP
 from noise2tokens.nice import Chain
 from noise2tokens.realnvp_glow.coupling import RealNVP
@@ -422,6 +424,34 @@ def latent_forms(queries: int) -> Calls:
 def no_grad(call: Callable[[], Tensor]) -> Tensor:
     with torch.no_grad():
         return call()
+
+
+@case("13_moe", "mixture of 64 experts, forward and backward, 2048 tokens", False)
+@case("13_moe", "grouped experts beside a loop, forward and backward, 2048 tokens", True)
+def mixtures(looping: bool) -> Calls:
+    from test_moe import peer_config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    sizes = MoEConfig(64, 6, 32, shared=2, groups=8, top_groups=4, scale=2.5)
+    config, x = Config(1, 64, 1, 4), torch.randn(4, 512, 64)
+    ours = MixtureOfExperts(config, sizes=sizes)
+    if looping:
+        other = MixtureOfExperts(config, sizes=sizes, compute=looped)
+        other.load_state_dict(ours.state_dict())
+    else:
+        settings = peer_config(sizes, 64)
+        settings._experts_implementation = "grouped_mm"  # their fastest
+        other = DeepseekV3MoE(settings)
+        other.load_state_dict(to_transformers(ours.state_dict()))
+
+    def step(layer: nn.Module) -> Tensor:
+        out = layer(x)
+        out.backward(x)
+        layer.zero_grad()
+        return out.detach()
+
+    name = "a loop over experts" if looping else "transformers"
+    return {name: lambda: step(other), "ours": lambda: step(ours)}
 
 
 @case("14_fp8", "product of two FP8 matrices, a scale for each row, 256×512 by 512×256")

@@ -61,6 +61,10 @@ SLICES: dict[str, dict] = {
         seeds=1, width=16, layers=1, heads=4, length=8, batch=2, steps=2, learning_rate=1e-3, windows_held_out=4,
         decode_width=16, decode_heads=4, keys=(4, 8, 16), decode_batch=1, queries=(1, 2), seconds=0.01,
     ),
+    "13_moe": dict(
+        width=16, layers=2, heads=2, experts=8, top_k=2, hidden=8, seeds=1, steps=2, batch=2, length=16,
+        learning_rate=0.01, alpha=0.01, speed=0.01, tokens=64, seconds=0.01,
+    ),
     "14_fp8": dict(
         seeds=1, steps=2, batch_size=2, length=16, width=16, layers=1, heads=2, windows_held_out=4, lengths=(64,),
     ),

@@ -22,7 +22,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from noise2tokens.moe import cost, experiment
 from noise2tokens.moe.balancing import Balancing, balance_loss, bias_step, load, max_violation
-from noise2tokens.moe.experts import grouped, grouped_swiglu, looped, multiply
+from noise2tokens.moe.experts import grouped, grouped_swiglu, looped, multiply, one_by_one
 from noise2tokens.moe.layer import (
     MixtureOfExperts,
     MoEConfig,
@@ -186,7 +186,7 @@ def test_the_router_computes_in_single_precision():
 
 
 @sized
-@pytest.mark.parametrize("compute", [looped, grouped])
+@pytest.mark.parametrize("compute", [looped, grouped, one_by_one])
 def test_the_layer_is_transformers(sizes, compute):
     ours, peer = pair(sizes, compute=compute)
     x, y = (torch.randn(2, 9, 12).double() for _ in range(2))
@@ -290,14 +290,16 @@ def mixture(tokens, experts, top_k, width, hidden, dtype, choice=None, seed=0):
 )
 def test_grouped_experts_are_the_loop(tokens, experts, top_k, choice, dtype, width, hidden):
     found = []
-    for compute in (looped, grouped):
+    for compute in (looped, grouped, one_by_one):
         args = mixture(tokens, experts, top_k, width, hidden, dtype, choice)
         y = compute(*args)
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         found.append([y, *(a.grad for a in args if a.requires_grad)])
     bound = 1e-12 if dtype == torch.float64 else 1e-5
-    for ours, right in zip(*reversed(found), strict=True):
-        assert ours.dtype == right.dtype and torch.allclose(ours, right, rtol=0, atol=bound)
+    for one, other, right in zip(*found[1:], found[0], strict=True):
+        assert one.dtype == other.dtype == right.dtype
+        assert torch.allclose(one, right, rtol=0, atol=bound)
+        assert torch.allclose(other, right, rtol=0, atol=bound)
 
 
 def test_low_precision_is_as_good_as_the_loop_in_it():
@@ -467,7 +469,7 @@ def test_an_auxiliary_loss_without_gradient_is_refused():
         auxiliary_loss(layer)
 
 
-def test_the_gradient_of_the_auxiliary_loss_lowers_what_is_fuller_than_the_tokens_own_mean():
+def test_the_gradient_of_the_auxiliary_loss_lowers_what_is_fuller_than_the_mean_by_its_affinities():
     torch.manual_seed(0)
     scores = torch.rand(1, 9, 5).double().requires_grad_()
     balance_loss(scores, 2).backward()
@@ -641,12 +643,14 @@ def test_a_comparison_is_of_trainings_from_the_same_weights_on_the_same_batches(
     config, sizes = Config(257, 16, 3, 2), MoEConfig(8, 2, 8)
     ways = {"dense": None, "none": Balancing(), "loss": Balancing(alpha=1.0)}
     options = dict(steps=3, batch=2, length=16, count=2, learning_rate=0.01)
-    results, loads = experiment.compare_ways(ways, config, sizes, data, [3, 4], **options)
+    results, loads, models = experiment.compare_ways(ways, config, sizes, data, [3, 4], **options)
     for i, seed in enumerate((3, 4)):
         for name, balancing in ways.items():
             torch.manual_seed(seed)
             model = experiment.decoder(config, sizes, balancing)
             right = experiment.train(model, data, seed=seed, **options)
+            kept = models[name][i].state_dict()
+            assert all(torch.equal(kept[k], v) for k, v in model.state_dict().items())
             for measure, values in results.items():
                 assert values.get(name, [None, None])[i] == right.get(measure)
             if balancing is not None and seed == 3:
@@ -661,16 +665,21 @@ def test_a_comparison_is_of_trainings_from_the_same_weights_on_the_same_batches(
     assert not torch.equal(*firsts)
 
 
+TIMED = ["grouped", "sorted, one by one", "loop", "dense", "dense, equal parameters"]
+
+
 def test_what_is_timed_is_grouped_looped_and_of_the_active_size(monkeypatch):
     seen, real = {}, experiment.compare
     monkeypatch.setattr(experiment, "compare", lambda c, **o: seen.update(c) or real(c, **o))
     sizes, cpu = MoEConfig(8, 2, 8, shared=2), torch.device("cpu")
     timings = experiment.speeds(Config(257, 16, 1, 2), sizes, 10, cpu, 0.01)
     layers = {name: call.args[0] for name, call in seen.items()}
-    assert list(timings) == list(layers) == ["grouped", "loop", "dense"]
+    assert list(timings) == list(layers) == TIMED
     assert layers["grouped"].experts.compute is grouped
+    assert layers["sorted, one by one"].experts.compute is one_by_one
     assert layers["loop"].experts.compute is looped
     assert layers["dense"].up.weight.shape == (32, 16)
+    assert layers["dense, equal parameters"].up.weight.shape == (80, 16)
     assert all(p.grad is None for layer in layers.values() for p in layer.parameters())
 
 
@@ -684,11 +693,7 @@ def test_a_slice_of_the_long_run():
     assert list(results["loss"]) == ["dense", *experiment.strategies(0, 0)]
     assert all(len(values) == 2 and values[0] != values[1] for values in results["loss"].values())
     assert "dense" not in results["max_violation"]
-    assert results["times"]["grouped"] == 1 and set(results["times"]) == {
-        "grouped",
-        "loop",
-        "dense",
-    }
+    assert results["times"]["grouped"] == 1 and list(results["times"]) == TIMED
     assert len(pictures) == 2
     plt.close("all")
 

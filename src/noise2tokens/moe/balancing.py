@@ -56,9 +56,9 @@ def balance_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean over sequences of Σ f P, an expert's share of tokens times its share of affinity.
 
-    f is 1 and P is 1/E for each expert where the load is even, so the loss is then 1. The counts in f are of the K
-    highest affinities, without bias and groups, and have no gradient. Over the "batch", all tokens are one sequence, as
-    packed sequences are in any case.
+    Where the counts are even, f is 1 for each expert and the loss is 1, which is not its minimum. The counts are of the
+    K highest affinities, without bias and groups, and have no gradient. Over the "batch", all tokens are one sequence,
+    as packed sequences are in any case.
 
     Source: DeepSeek-V3, equations 17 to 20, without α.
     """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from noise2tokens.benchmark import Timing, compare
 from noise2tokens.display import COLORS, INK
 from noise2tokens.moe.balancing import Balancing, max_violation
-from noise2tokens.moe.experts import looped
+from noise2tokens.moe.experts import looped, one_by_one
 from noise2tokens.moe.layer import (
     MixtureOfExperts,
     MoEConfig,
@@ -128,39 +128,48 @@ def compare_ways(
     data: tuple[Tensor, Tensor],
     seeds: Iterable[int],
     **options: Any,
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, Tensor]]:
-    """Train a decoder each way and for each seed: all ways from the same weights, on the same batches.
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, Tensor], dict[str, list[Decoder]]]:
+    """Train a decoder each way and for each seed, all on the same batches.
+
+    All mixtures start from the same weights, a dense decoder from others.
 
     Returns:
-        "loss", "max_violation" and "batch_violation" as of `train`, for each way the values of the seeds; and for the
-        first seed the loads of the last layer, (steps, E).
+        "loss", "max_violation" and "batch_violation" as of `train`, for each way the values of the seeds; for the
+        first seed the loads of the last layer, (steps, E); and the trained models.
     """
     results: dict[str, dict[str, list[float]]] = {name: {} for name in MEASURES}
     loads: dict[str, Tensor] = {}
+    models: dict[str, list[Decoder]] = {}
     for seed in seeds:
         for name, balancing in ways.items():
             torch.manual_seed(seed)
             model = decoder(config, sizes, balancing).to(data[0].device)
+            models.setdefault(name, []).append(model)
             found = train(model, data, seed=seed, **options)
             for measure in MEASURES:
                 if measure in found:
                     results[measure].setdefault(name, []).append(found[measure])
             if "loads" in found:
                 loads.setdefault(name, found["loads"][:, -1])
-    return results, loads
+    return results, loads, models
 
 
 def speeds(
     config: Config, sizes: MoEConfig, tokens: int, device: torch.device, seconds: float | int
 ) -> dict[str, Timing]:
-    """Time a mixture forward and backward: grouped, as a loop, and a dense network of equal active size."""
+    """Time a mixture forward and backward, computed in three ways, beside dense networks.
+
+    "dense" has as many parameters as a token uses, "dense, equal parameters" as many as there are, without the router.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(tokens, config.width, device=device, dtype=dtype)
-    hidden = (sizes.top_k + sizes.shared) * sizes.hidden
+    active, held = ((n + sizes.shared) * sizes.hidden for n in (sizes.top_k, sizes.experts))
     layers = {
         "grouped": MixtureOfExperts(config, sizes=sizes),
+        "sorted, one by one": MixtureOfExperts(config, sizes=sizes, compute=one_by_one),
         "loop": MixtureOfExperts(config, sizes=sizes, compute=looped),
-        "dense": SwiGLU(replace(config, hidden=hidden)),
+        "dense": SwiGLU(replace(config, hidden=active)),
+        "dense, equal parameters": SwiGLU(replace(config, hidden=held)),
     }
 
     def step(layer: nn.Module) -> None:
@@ -233,7 +242,7 @@ def full_scale(
 
     Args:
         device: Where; a GPU times in bfloat16 and trains in single precision.
-        seed: Of the first training; all ways see the same batches and start from the same weights.
+        seed: Of the first training; all ways see the same batches, and all mixtures start from the same weights.
         width, layers, heads: Of the decoder.
         experts, top_k, hidden: Routed experts, those of a token, and their hidden width; one is shared.
         seeds: Trainings of each way.
@@ -252,10 +261,10 @@ def full_scale(
     ways: dict[str, Balancing | None] = {"dense": None} | strategies(alpha, speed)
     options = dict(steps=steps, batch=batch, length=length, learning_rate=learning_rate)
     numbers = range(seed, seed + seeds)
-    results, loads = compare_ways(ways, config, sizes, text(device), numbers, **options)
+    results, loads, _ = compare_ways(ways, config, sizes, text(device), numbers, **options)
     timings = speeds(config, sizes, tokens, device, seconds)
     times = {name: timing.ratio for name, timing in timings.items()}
-    heat, against = plt.figure(figsize=(7.2, 2.6)), plt.figure(figsize=(5.0, 3.2))
+    heat, against = plt.figure(figsize=(8.6, 2.6)), plt.figure(figsize=(5.0, 3.2))
     draw_loads(heat, loads)
     draw_tradeoff(against.subplots(), results)
     return results | {"times": times}, {
@@ -265,7 +274,10 @@ def full_scale(
 
 
 def draw_loads(figure: Figure, loads: dict[str, Int64[Tensor, "steps E"]]) -> None:
-    """Draw for each way the load of each expert over the steps, sorted by the load at the end."""
+    """Draw for each way the load of each expert over the steps, sorted in each picture by the load at the end."""
+    most = max(
+        (counts / counts.double().mean(1, keepdim=True)).max().item() for counts in loads.values()
+    )
     axes = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
     for ax, (name, counts) in zip(axes, loads.items(), strict=True):
         share = counts / counts.double().mean(1, keepdim=True)
@@ -275,13 +287,13 @@ def draw_loads(figure: Figure, loads: dict[str, Int64[Tensor, "steps E"]]) -> No
             aspect="auto",
             cmap="magma",
             vmin=0,
-            vmax=3,
+            vmax=most,
             interpolation="nearest",
         )
         ax.set_title(name, fontsize="small")
         ax.set_xlabel("step")
-    axes[0].set_ylabel("expert")
-    figure.colorbar(picture, ax=list(axes), label="load / mean", extend="max")
+    axes[0].set_ylabel("rank by final load")
+    figure.colorbar(picture, ax=list(axes), label="load / mean")
 
 
 def draw_tradeoff(ax: Axes, results: dict[str, dict[str, list[float]]]) -> None:

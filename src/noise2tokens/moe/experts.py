@@ -46,6 +46,23 @@ def grouped(
     return combine(y_ND, order_N, weights_TK).to(x_TD.dtype)
 
 
+def one_by_one(
+    x_TD: Float[Tensor, "T D"],
+    weights_TK: Float[Tensor, "T K"],
+    experts_TK: Int64[Tensor, "T K"],
+    gate_EFD: Float[Tensor, "E F D"],
+    up_EFD: Float[Tensor, "E F D"],
+    down_EDF: Float[Tensor, "E D F"],
+) -> Float[Tensor, "T D"]:
+    """Return the same: tokens sorted by expert, but one expert after another, to see what sorting alone saves."""
+    rows_ND, order_N = by_expert(x_TD, experts_TK)
+    blocks = rows_ND.split(load(experts_TK, len(gate_EFD)).tolist())
+    parts = []
+    for x, gate_FD, up_FD, down_DF in zip(blocks, gate_EFD, up_EFD, down_EDF, strict=True):
+        parts.append(F.linear(F.silu(F.linear(x, gate_FD)) * F.linear(x, up_FD), down_DF))
+    return combine(torch.cat(parts), order_N, weights_TK).to(x_TD.dtype)
+
+
 def by_expert(
     x_TD: Float[Tensor, "T D"], experts_TK: Int64[Tensor, "T K"]
 ) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"]]:

@@ -128,7 +128,7 @@ class MixtureOfExperts(nn.Module):
                 self.auxiliary = self.balancing.alpha * loss
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # A step of 0.001 is less than bfloat16 resolves near 1, so a conversion to it leaves the bias out.
+        # In bfloat16 steps of 0.001 are rounded, from 0.5 on to nothing, so a conversion to it leaves the bias out.
         bias = self.bias
         super()._apply(fn, recurse)
         if self.bias.dtype.itemsize < 4:
