@@ -326,12 +326,19 @@ def test_active_parameters_are_those_that_have_a_gradient(config):
     for name, weight in model.named_parameters():
         if ".experts." in name:
             reached += weight[0].numel() * int(weight.grad.flatten(1).any(1).sum())
-        elif not name.endswith("query.weight") or weight.grad.any():
+        elif not name.endswith("query.weight") or weight.grad.abs().max() > 1e-12:
             reached += weight.numel()
     want = total(config, active=True)
     # a single token attends to itself whatever its query and key are, so maps to them get no gradient
     unread = sum(p.numel() for n, p in model.named_parameters() if n.endswith("query.weight"))
     assert reached in (want, want - unread)
+
+
+def padding(config, layers, texts, length):
+    """Operations, three passes, on the zeros that bring expanded values to the width of keys: made, and not counted."""
+    sizes = config.attention
+    columns = max(0, sizes.nope_dim + sizes.rope_dim - sizes.value_dim)
+    return 6 * layers * texts * config.heads * length**2 * columns
 
 
 @pytest.mark.parametrize("length", [1, 6])
@@ -346,7 +353,8 @@ def test_operations_are_those_that_pytorch_counts(config, length):
     tokens = torch.randint(config.vocab_size, (2, length))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens)
-    assert 3 * counter.get_total_flops() == 2 * length * training_flops(config, length)
+    counted = 3 * counter.get_total_flops() - padding(config, config.layers, 2, length)
+    assert counted == 2 * length * training_flops(config, length)
     matrices = training_flops(config, 1) - (training_flops(config, 2) - training_flops(config, 1))
     half = training_flops(config, 7, causal=True)
     assert half - matrices == pytest.approx((training_flops(config, 7) - matrices) * 4 / 7)
@@ -825,7 +833,8 @@ def test_operations_of_a_module_are_those_that_pytorch_counts(config):
     h = torch.randn(2, 5, config.width).double()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         module.logits(module(h, tokens))
-    assert 3 * counter.get_total_flops() == 2 * 5 * prediction_flops(config, 5)
+    counted = 3 * counter.get_total_flops() - padding(config, 1, 2, 5)
+    assert counted == 2 * 5 * prediction_flops(config, 5)
     half = prediction_flops(config, 7, causal=True)
     assert half == prediction_flops(config, 4)
     with pytest.raises(ValueError, match="length"):
