@@ -320,6 +320,45 @@ def test_the_scaling_lab_reads_the_packages_laws(browser, decades, doublings):
     page.close()
 
 
+# Labs whose sliders are set by the value that they show
+
+
+def moved(browser, figure, change):
+    """Open a lab on a phone, move its sliders to these values; return the page, its problems and the lab's state."""
+    page, problems = browser.new_page(viewport={"width": 390, "height": 844}), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url))
+    page.set_content(
+        f'<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>{figure}</main></html>'
+    )
+    page.wait_for_function("document.querySelector('.n2t-lab').state")
+    state = page.evaluate(
+        """(wanted) => {
+          const lab = document.querySelector(".n2t-lab");
+          for (const [name, value] of Object.entries(wanted)) {
+            const slider = lab.querySelector(`[data-name=${name}]`);
+            for (let i = 0; i <= Number(slider.max); i++) {
+              slider.value = i;
+              slider.dispatchEvent(new Event("input"));
+              if (lab.state[name] === value) break;
+            }
+          }
+          return lab.state;
+        }""",
+        change,
+    )
+    return page, problems, state
+
+
+def fits_and_is_accessible(page, problems):
+    """Hold a page to a phone's width, no error, no request, and the rules of accessibility; then close it."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
+    from axe_playwright_python.sync_playwright import Axe
+
+    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
+    page.close()
+
+
 # Choose a cache
 
 V3 = dict(
@@ -349,27 +388,9 @@ V3 = dict(
     ],
 )
 def test_the_cache_lab_computes_what_the_package_does(browser, change):
-    page, problems = browser.new_page(viewport={"width": 390, "height": 844}), []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: problems.append(request.url))
-    figure = lab_page("mla_lab", dict(start=V3, memory=80, ridge=295), alt="Caches of four kinds.")
-    page.set_content(
-        f'<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>{figure}</main></html>'
-    )
-    page.wait_for_function("document.querySelector('.n2t-lab').state")
-    state = page.evaluate(
-        """(wanted) => {
-          const lab = document.querySelector(".n2t-lab");
-          for (const [name, value] of Object.entries(wanted)) {
-            const slider = lab.querySelector(`[data-name=${name}]`);
-            for (let i = 0; i <= Number(slider.max); i++) {
-              slider.value = i;
-              slider.dispatchEvent(new Event("input"));
-              if (lab.state[name] === value) break;
-            }
-          }
-          return lab.state;
-        }""",
+    page, problems, state = moved(
+        browser,
+        lab_page("mla_lab", dict(start=V3, memory=80, ridge=295), alt="Caches of four kinds."),
         change,
     )
     plan = V3 | change
@@ -393,11 +414,7 @@ def test_the_cache_lab_computes_what_the_package_does(browser, change):
     assert state["busy"] == [name for name in intensity if intensity[name] >= 295]
     words = page.locator(".n2t-mla p").inner_text()
     assert ("always" in words) is (at is None or at >= plan["tokens"])
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
-    from axe_playwright_python.sync_playwright import Axe
-
-    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
-    page.close()
+    fits_and_is_accessible(page, problems)
 
 
 # Design a model
@@ -435,28 +452,8 @@ def v3_config(plan: dict) -> V3Config:
     ],
 )
 def test_the_model_lab_counts_as_the_package_does(browser, change):
-    page, problems = browser.new_page(viewport={"width": 390, "height": 844}), []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: problems.append(request.url))
-    figure = lab_page("v3_lab", dict(start=V3_PLAN), alt="What a model holds.")
-    page.set_content(
-        f'<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>{figure}</main></html>'
-    )
-    page.wait_for_function("document.querySelector('.n2t-lab').state")
-    state = page.evaluate(
-        """(wanted) => {
-          const lab = document.querySelector(".n2t-lab");
-          for (const [name, value] of Object.entries(wanted)) {
-            const slider = lab.querySelector(`[data-name=${name}]`);
-            for (let i = 0; i <= Number(slider.max); i++) {
-              slider.value = i;
-              slider.dispatchEvent(new Event("input"));
-              if (lab.state[name] === value) break;
-            }
-          }
-          return lab.state;
-        }""",
-        change,
+    page, problems, state = moved(
+        browser, lab_page("v3_lab", dict(start=V3_PLAN), alt="What a model holds."), change
     )
     plan = V3_PLAN | change
     assert {name: state[name] for name in plan} == plan
@@ -468,14 +465,12 @@ def test_the_model_lab_counts_as_the_package_does(browser, change):
     sizes = config.attention
     assert state["cache"] == latent_elements(plan["layers"], sizes.kv_rank, sizes.rope_dim)
     assert state["flops"] == training_flops(config, plan["tokens"], causal=True)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
-    from axe_playwright_python.sync_playwright import Axe
-
-    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
-    page.close()
+    fits_and_is_accessible(page, problems)
 
 
 # A pipeline of your own
+
+SCHEDULE = dict(ranks=8, batches=2, weights=1, both=2.6)  # where the sliders start
 
 
 @needs_browser
@@ -490,29 +485,8 @@ def test_the_model_lab_counts_as_the_package_does(browser, change):
     ],
 )
 def test_the_schedule_lab_simulates_as_the_package_does(browser, change):
-    page, problems = browser.new_page(viewport={"width": 390, "height": 844}), []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: problems.append(request.url))
-    start = dict(ranks=8, batches=2, weights=1, both=2.6)
-    figure = lab_page("schedule_lab", dict(start=start), alt="Three schedules.")
-    page.set_content(
-        f'<!doctype html><html lang="en"><title>t</title><main><h1>t</h1>{figure}</main></html>'
-    )
-    page.wait_for_function("document.querySelector('.n2t-lab').state")
-    state = page.evaluate(
-        """(wanted) => {
-          const lab = document.querySelector(".n2t-lab");
-          for (const [name, value] of Object.entries(wanted)) {
-            const slider = lab.querySelector(`[data-name=${name}]`);
-            for (let i = 0; i <= Number(slider.max); i++) {
-              slider.value = i;
-              slider.dispatchEvent(new Event("input"));
-              if (lab.state[name] === value) break;
-            }
-          }
-          return lab.state;
-        }""",
-        change,
+    page, problems, state = moved(
+        browser, lab_page("schedule_lab", dict(start=SCHEDULE), alt="Three schedules."), change
     )
     plan = dict(ranks=8, batches=16, weights=1, both=2.6) | change
     assert {name: state[name] for name in plan} == plan
@@ -522,8 +496,4 @@ def test_the_schedule_lab_simulates_as_the_package_does(browser, change):
         assert found["bubble"] == pytest.approx(row["bubble"], abs=1e-9)
         assert found["bubble"] / found["end"] == pytest.approx(row["share"], abs=1e-9)
         assert found["activations"] == row["activations"]
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and problems == []
-    from axe_playwright_python.sync_playwright import Axe
-
-    assert [v["id"] for v in Axe().run(page).response["violations"]] == []
-    page.close()
+    fits_and_is_accessible(page, problems)
