@@ -68,6 +68,10 @@ SLICES: dict[str, dict] = {
     "14_fp8": dict(
         seeds=1, steps=2, batch_size=2, length=16, width=16, layers=1, heads=2, windows_held_out=4, lengths=(64,),
     ),
+    "15_deepseek_v3": dict(
+        width=32, layers=2, predictions=2, seeds=1, steps=2, batch=2, length=16, count=4, prompts=1, new=4,
+        seconds=0.01, learning_rate=1e-2,
+    ),
     "part1_synthesis": dict(seeds=1, steps=3, batch_size=16, pairs=64, test_points=20, samples=50),
 }  # fmt: skip
 
