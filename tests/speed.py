@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from noise2tokens import records
 from noise2tokens.benchmark import compare
 from noise2tokens.ddim_ode.sampling import ddim_sample, sub_sequence
+from noise2tokens.deepseek_v3 import model as deepseek_v3
+from noise2tokens.deepseek_v3.config import tiny
+from noise2tokens.deepseek_v3.mtp import MultiToken, speculate
 from noise2tokens.distribution_transforms.distances import optimal_pairs, sliced_wasserstein
 from noise2tokens.flow_vs_diffusion.cnf import draw_probe, log_likelihood
 from noise2tokens.flow_vs_diffusion.diffusion import NoiseSchedule
@@ -461,6 +464,72 @@ def scaled_product() -> Calls:
     return {
         "PyTorch": lambda: torch._scaled_mm(a.values, b.values.T, **scales),
         "ours": lambda: fast_gemm(a, b),
+    }
+
+
+def deepseek(width: int) -> tuple[Decoder, nn.Module, Tensor]:
+    """Our DeepSeek-V3 of this width, transformers' with its weights, and tokens."""
+    from test_deepseek_v3 import their_config
+    from transformers import DeepseekV3ForCausalLM
+
+    config = tiny(257, predictions=0, width=width)
+    ours = deepseek_v3.decoder(config).eval()
+    settings = their_config(config)
+    settings._attn_implementation, settings._experts_implementation = "sdpa", "grouped_mm"
+    theirs = DeepseekV3ForCausalLM(settings).eval()
+    theirs.load_state_dict(deepseek_v3.to_checkpoint(ours.state_dict(), config))
+    return ours, theirs, torch.randint(0, 256, (8, 128))
+
+
+@case("15_deepseek_v3", "DeepSeek-V3 of width 64, forward, 8×128 tokens", 64, False)
+@case("15_deepseek_v3", "DeepSeek-V3 of width 64, forward and backward, 8×128 tokens", 64, True)
+@case("15_deepseek_v3", "DeepSeek-V3 of width 256, forward and backward, 8×128 tokens", 256, True)
+def deepseek_step(width: int, backward: bool) -> Calls:
+    ours, theirs, tokens = deepseek(width)
+
+    def step(model: nn.Module, logits: Callable[[], Tensor]) -> float:
+        with torch.set_grad_enabled(backward):
+            loss = next_token_loss(logits()[:, :-1], tokens[:, 1:])
+        if backward:
+            loss.backward()
+            model.zero_grad()
+        return loss.item()
+
+    return {
+        "transformers": partial(step, theirs, lambda: theirs(tokens, use_cache=False).logits),
+        "ours": partial(step, ours, lambda: ours(tokens)),
+    }
+
+
+@case("15_deepseek_v3", "DeepSeek-V3 of width 64, 48 tokens generated with a cache", 64)
+@case("15_deepseek_v3", "DeepSeek-V3 of width 256, 48 tokens generated with a cache", 256)
+def deepseek_generation(width: int) -> Calls:
+    ours, theirs, tokens = deepseek(width)
+    prompt = tokens[:1, :64]
+    options = dict(max_new_tokens=48, do_sample=False, attention_mask=torch.ones_like(prompt))
+    return {
+        "transformers": lambda: theirs.generate(prompt, **options),
+        "ours": lambda: generate(ours, prompt, 48),
+    }
+
+
+@case("15_deepseek_v3", "drafts of one depth, all accepted, 64 tokens", True)
+@case("15_deepseek_v3", "drafts of one depth, none accepted, 64 tokens", False)
+@torch.no_grad()
+def drafts(accepted: bool) -> Calls:
+    model = MultiToken(tiny(257, predictions=1, width=64, layers=6)).eval()
+    if accepted:  # no block adds anything, so both heads read the last token
+        for name, weight in model.named_parameters():
+            if name.endswith(
+                (".out.weight", "experts.down", "feed_forward.down.weight", "shared.down.weight")
+            ):
+                weight.zero_()
+        width = model.config.width
+        model.depths[0].projection.weight.copy_(torch.eye(2 * width)[width:])
+    prompt = torch.randint(0, 256, (1, 16))
+    return {
+        "plain decoding": lambda: generate(model.main, prompt, 64),
+        "ours": lambda: speculate(model, prompt, 64)[0],
     }
 
 

@@ -94,6 +94,7 @@ export function read({ ranks, batches, ...durations }) {
 }
 
 const COLORS = { F: "#7fa8d9", B: "#9bc18a", b: "#c9dfb8", W: "#e2b06a" };
+const HATCH = `<defs><pattern id="n2t-hatch" width="2.4" height="2.4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width=".9" height="2.4" fill="#fff"/></pattern></defs>`;
 const fixed = (x) => Number(x.toFixed(1)).toString();
 
 function chart({ spans }, until) {
@@ -102,10 +103,12 @@ function chart({ spans }, until) {
     for (const [start, end, step] of rank)
       step.forEach(([kind, , side], i) => {
         const h = (row - 1.5) / step.length, x = (start / until) * W, w = ((end - start) / until) * W;
-        parts.push(`<rect x="${x.toFixed(2)}" y="${(at * row + i * h).toFixed(2)}" width="${Math.max(0.2, w - 0.4).toFixed(2)}" height="${h.toFixed(2)}" fill="${COLORS[kind]}"${side ? ' stroke="currentColor" stroke-width=".35"' : ""}/>`);
+        const place = `x="${x.toFixed(2)}" y="${(at * row + i * h).toFixed(2)}" width="${Math.max(0.2, w - 0.4).toFixed(2)}" height="${h.toFixed(2)}"`;
+        parts.push(`<rect ${place} fill="${COLORS[kind]}"/>`);
+        if (side) parts.push(`<rect ${place} fill="url(#n2t-hatch)"/>`);
       });
   });
-  return `<svg viewBox="0 0 ${W} ${height}" aria-hidden="true">${parts.join("")}</svg>`;
+  return `<svg viewBox="0 0 ${W} ${height}" aria-hidden="true">${HATCH}${parts.join("")}</svg>`;
 }
 
 const SLIDERS = [
@@ -121,7 +124,7 @@ export function mount(figure, bench, { start }) {
       `<label><span>${words}</span><input type="range" min="0" max="${values.length - 1}" step="1" value="${values.indexOf(start[name])}" data-name="${name}" aria-label="${words}"><output></output></label>`,
   ).join("")}</div><div class="n2t-charts"></div><p class="n2t-key">${[["F", "F, forward"], ["B", "B, backward"], ["b", "its part for the stage before"], ["W", "W"]].map(
     ([kind, words]) => `<span><i style="background:${COLORS[kind]}"></i>${words}</span>`,
-  ).join("")}<span>outlined: from the last rank</span></p><p aria-live="polite"></p></div>`;
+  ).join("")}<span>hatched: from the last rank</span></p><p aria-live="polite"></p></div>`;
   const slider = (name) => bench.querySelector(`[data-name=${name}]`);
   const draw = () => {
     const plan = Object.fromEntries(SLIDERS.map(([name, , values]) => [name, values[Number(slider(name).value)]]));
