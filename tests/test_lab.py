@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from noise2tokens.deepseek_v3.config import Config as V3Config
-from noise2tokens.deepseek_v3.count import count_parameters, training_flops
-from noise2tokens.deepseek_v3.pipeline import Durations, compare_methods
+from noise2tokens.deepseek_v3.count import count_parameters, pair_multiplications, training_flops
+from noise2tokens.deepseek_v3.pipeline import METHODS, Durations, compare_methods, simulate
 from noise2tokens.flash_attention.cost import plain_bytes, tiled_bytes
 from noise2tokens.flash_attention.softmax import SoftmaxState, block_state, finish, merge
 from noise2tokens.flash_attention.tiled import (
@@ -440,6 +440,12 @@ def v3_config(plan: dict) -> V3Config:
     )
 
 
+def in_full(text: str) -> float:
+    """Read a number as the lab writes it: 671B, 36.63B, 70.27kB."""
+    number, size = re.match(r"([\d.]+)([kMBT]?)", text).groups()
+    return float(number) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[size]
+
+
 @needs_browser
 @pytest.mark.browser
 @pytest.mark.parametrize(
@@ -449,6 +455,7 @@ def v3_config(plan: dict) -> V3Config:
         dict(layers=4, dense=4, width=512, heads=8, kv=128),
         dict(experts=8, topK=8, expert=256, tokens=131072),
         dict(layers=128, dense=0, width=12288, heads=256, experts=512, topK=32, expert=8192),
+        dict(layers=2, dense=16, experts=8, topK=32),  # more than there are: all of them
     ],
 )
 def test_the_model_lab_counts_as_the_package_does(browser, change):
@@ -456,6 +463,8 @@ def test_the_model_lab_counts_as_the_package_does(browser, change):
         browser, lab_page("v3_lab", dict(start=V3_PLAN), alt="What a model holds."), change
     )
     plan = V3_PLAN | change
+    plan["dense"] = min(plan["dense"], plan["layers"])
+    plan["topK"] = min(plan["topK"], plan["experts"])
     assert {name: state[name] for name in plan} == plan
     config = v3_config(plan)
     parts, active = count_parameters(config), count_parameters(config, active=True)
@@ -465,6 +474,21 @@ def test_the_model_lab_counts_as_the_package_does(browser, change):
     sizes = config.attention
     assert state["cache"] == latent_elements(plan["layers"], sizes.kv_rank, sizes.rope_dim)
     assert state["flops"] == training_flops(config, plan["tokens"], causal=True)
+    shown = page.locator(".n2t-v3 td").all_inner_texts()
+    numbers = [state["total"], state["used"], 2 * state["cache"], state["flops"]]
+    assert [in_full(text) for text in shown] == pytest.approx(numbers, rel=6e-4)
+    bars = page.evaluate(
+        "[...document.querySelectorAll('.n2t-v3 tbody i')].map((x) => parseFloat(x.style.width))"
+    )
+    names = ("attention", "routed experts", "shared experts", "dense layers")
+    shares = [100 * parts[name] / state["total"] for name in names]
+    shares += [100 * active[name] / state["used"] for name in names]
+    assert bars == pytest.approx(shares, rel=1e-3, abs=1e-3)
+    pairs = 3 * plan["layers"] * pair_multiplications(config) * (plan["tokens"] + 1)
+    words = page.locator(".n2t-v3 [aria-live]").inner_text()
+    percent = [float(number) for number in re.findall(r"([\d.]+) %", words)]
+    wanted = [100 * state["used"] / state["total"], 100 * pairs / state["flops"]]
+    assert percent == pytest.approx(wanted, rel=0.05)
     fits_and_is_accessible(page, problems)
 
 
@@ -496,4 +520,29 @@ def test_the_schedule_lab_simulates_as_the_package_does(browser, change):
         assert found["bubble"] == pytest.approx(row["bubble"], abs=1e-9)
         assert found["bubble"] / found["end"] == pytest.approx(row["share"], abs=1e-9)
         assert found["activations"] == row["activations"]
+    runs = [simulate(make(plan["ranks"], plan["batches"]), durations) for make in METHODS.values()]
+    until = max(run.end for run in runs)
+    drawn = page.evaluate(
+        """[...document.querySelectorAll(".n2t-charts svg")].map((svg) =>
+          [...svg.querySelectorAll(":scope > rect:not([fill^=url])")].map((rect) =>
+            ["x", "y", "width", "height"].map((name) => Number(rect.getAttribute(name)))))"""
+    )
+    lines = page.locator(".n2t-charts p").all_inner_texts()
+    for name, run, rects, line in zip(METHODS, runs, drawn, lines, strict=True):
+        want = []
+        for rank, spans in enumerate(run.spans):
+            for start, end, step in spans:
+                high, width = 10.5 / len(step), max(0.2, (end - start) / until * 600 - 0.4)
+                for place in range(len(step)):
+                    want.append((start / until * 600, 12 * rank + place * high, width, high))
+        torch.testing.assert_close(torch.tensor(rects), torch.tensor(want), rtol=0, atol=0.011)
+        waits, end, holds = map(
+            float, re.findall(r"waits ([\d.]+) of ([\d.]+), holds (\d+)", line)[0]
+        )
+        assert line.startswith(name) and holds == max(run.peaks)
+        assert [waits, end] == pytest.approx([max(run.bubbles), run.end], abs=0.051)
+    least = min(run.end for run in runs) + 1e-9
+    first = [name for name, run in zip(METHODS, runs, strict=True) if run.end <= least]
+    said = " and ".join(first) + (" are" if len(first) > 1 else " is")
+    assert f"{said} done first" in page.locator(".n2t-schedule [aria-live]").inner_text()
     fits_and_is_accessible(page, problems)

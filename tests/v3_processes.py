@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from noise2tokens.deepseek_v3.config import tiny
 from noise2tokens.deepseek_v3.mtp import MultiToken, prediction_loss
-from noise2tokens.deepseek_v3.parallel import backward, distribute, train
+from noise2tokens.deepseek_v3.parallel import backward, distribute, start, train
 from noise2tokens.moe.balancing import Balancing
-from noise2tokens.moe.layer import auxiliary_loss, balance
+from noise2tokens.moe.layer import auxiliary_loss, balance, mixtures
 
 
 def total(model, inputs, targets):
@@ -60,13 +60,17 @@ def killed_once(folder, at):
 
 def main():
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    start()
     if sys.argv[1] == "equal":
         equal()
     else:
         folder = Path(sys.argv[2])
         options = {"after_step": killed_once(folder, int(sys.argv[4]))} if sys.argv[4:] else {}
-        train(folder, steps=int(sys.argv[3]), every=3, batch=4, length=16, **options)
+        model = train(folder, steps=int(sys.argv[3]), every=3, batch=4, length=16, **options)
+        for layer in mixtures(model):
+            biases = [torch.empty_like(layer.bias) for _ in range(dist.get_world_size())]
+            dist.all_gather(biases, layer.bias)
+            assert layer.bias.any() and all(map(torch.equal, biases, biases[1:])), "biases"
     dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ from operator import mul
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from noise2tokens.deepseek_v3.config import Config
 from noise2tokens.deepseek_v3.model import (
@@ -120,11 +121,10 @@ class MultiToken(nn.Module):
         Source: DeepSeek-V3, 2024, equation 24.
         """
         main, *depths = self.logits(inputs)
-        whole = (targets != -100).sum()
-        scaled = []
+        whole, scaled = (targets != -100).sum(), []
         for k, logits in enumerate(depths, 1):
-            later = targets[:, k:]
-            scaled.append(next_token_loss(logits, later) * (later != -100).sum() / whole)
+            exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            scaled.append(F.cross_entropy(exact.mT, targets[:, k:], reduction="sum") / whole)
         return next_token_loss(main, targets), scaled
 
 

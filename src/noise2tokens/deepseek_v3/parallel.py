@@ -9,6 +9,7 @@ matrices and of the optimizer's moments, either way.
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
 from noise2tokens.deepseek_v3.config import tiny
@@ -32,6 +34,17 @@ from noise2tokens.text import Bytes, corpus, documents, split_files, windows
 from noise2tokens.training import seed_everything
 
 MATRICES = ("gate", "up", "down")  # of the experts
+
+
+def start() -> None:
+    """Let the processes that torchrun has started meet; those of each restart at a place of their own.
+
+    torchrun keeps its store over a restart. Under the same names, a process would find there the addresses of those
+    that are dead, and wait for them.
+    """
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
 
 
 def distribute(model: MultiToken, mesh: DeviceMesh) -> MultiToken:
@@ -193,7 +206,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.checkpoints.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    start()
     train(
         arguments.checkpoints,
         steps=arguments.steps,

@@ -138,8 +138,9 @@ export function mount(figure, bench, { start }) {
     bench.querySelector(".n2t-charts").innerHTML = Object.entries(found).map(
       ([name, run]) => `<p>${name}: waits ${fixed(run.bubble)} of ${fixed(run.end)}, holds ${run.activations} micro-batches</p>${chart(run, until)}`,
     ).join("");
-    const best = Object.entries(found).reduce((a, b) => (b[1].end < a[1].end ? b : a))[0];
-    bench.querySelector("[aria-live]").textContent = `With F = 1 and B = 2, ${best} is done first.`;
+    const least = Math.min(...Object.values(found).map((run) => run.end)) + 1e-9;
+    const best = Object.keys(found).filter((name) => found[name].end <= least);
+    bench.querySelector("[aria-live]").textContent = `With F = 1 and B = 2, ${best.join(" and ")} ${best.length > 1 ? "are" : "is"} done first.`;
     figure.state = { ...settings, found: Object.fromEntries(Object.entries(found).map(([name, { end, bubble, activations }]) => [name, { end, bubble, activations }])) };
   };
   for (const [name] of SLIDERS) slider(name).addEventListener("input", draw);
