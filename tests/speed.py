@@ -33,6 +33,8 @@ from noise2tokens.gradient_checkpointing.schedules import equal_spans
 from noise2tokens.mla.attention import LatentAttention, Sizes
 from noise2tokens.moe.experts import looped
 from noise2tokens.moe.layer import MixtureOfExperts, MoEConfig, to_transformers
+from noise2tokens.muon.optimizer import Muon
+from noise2tokens.muon.orthogonalize import newton_schulz
 from noise2tokens.networks import TimeMLP
 from noise2tokens.nice import Chain
 from noise2tokens.realnvp_glow.coupling import RealNVP
@@ -531,6 +533,26 @@ def drafts(accepted: bool) -> Calls:
         "plain decoding": lambda: generate(model.main, prompt, 64),
         "ours": lambda: speculate(model, prompt, 64)[0],
     }
+
+
+@case("16_muon", "step of Muon, 2 layers of width 64, products in float32 beside bfloat16", None)
+@case("16_muon", "step of Muon, 2 layers of width 64, products in bfloat16", torch.bfloat16)
+def muon_step(dtype: torch.dtype | None) -> Calls:
+    shapes = [(64, 64)] * 8 + [(171, 64)] * 4 + [(64, 171)] * 2
+    pairs = []
+    ours = partial(Muon, orthogonalize=partial(newton_schulz, dtype=dtype))
+    for make in (partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), ours):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        pairs.append((params, make(params, lr=1e-3)))
+
+    def step(params: list[Tensor], optimizer: torch.optim.Optimizer) -> Tensor:
+        optimizer.step()
+        return torch.cat([p.detach().flatten() for p in params])
+
+    return {"PyTorch": partial(step, *pairs[0]), "ours": partial(step, *pairs[1])}
 
 
 def decoders() -> tuple[Decoder, nn.Module, Tensor]:

@@ -72,6 +72,10 @@ SLICES: dict[str, dict] = {
         width=32, layers=2, predictions=2, seeds=1, steps=2, batch=2, length=16, count=4, prompts=1, new=4,
         seconds=0.01, learning_rate=1e-2,
     ),
+    "16_muon": dict(
+        seeds=2, layers=1, plan=((1e7, 8), (2e7, 8)), rates=(0.01, 0.02), outer_rates=(0.02,), batches_at=1e7,
+        batches=(3.0,), held_out=4, resamples=20,
+    ),
     "part1_synthesis": dict(seeds=1, steps=3, batch_size=16, pairs=64, test_points=20, samples=50),
 }  # fmt: skip
 
