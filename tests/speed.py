@@ -30,6 +30,7 @@ from noise2tokens.fp8.scaling import ROW, quantize
 from noise2tokens.gradient_checkpointing.checkpoint import checkpoint, checkpoint_by_hooks
 from noise2tokens.gradient_checkpointing.models import recomputing
 from noise2tokens.gradient_checkpointing.schedules import equal_spans
+from noise2tokens.kimi_vl.moonvit import MoonViT, VisionConfig
 from noise2tokens.mla.attention import LatentAttention, Sizes
 from noise2tokens.moe.experts import looped
 from noise2tokens.moe.layer import MixtureOfExperts, MoEConfig, to_transformers
@@ -553,6 +554,30 @@ def muon_step(dtype: torch.dtype | None) -> Calls:
         return torch.cat([p.detach().flatten() for p in params])
 
     return {"PyTorch": partial(step, *pairs[0]), "ours": partial(step, *pairs[1])}
+
+
+@case("17_kimi_vl", "MoonViT on eight packed pictures, forward and backward, 1024 patches")
+def packed_pictures() -> Calls:
+    from test_kimi_vl import their_vision_config, their_vision_names, thw
+    from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25VisionModel
+
+    config = VisionConfig(96, layers=4, heads=4, hidden=256, table=16)
+    ours, theirs = MoonViT(config), Kimi_K25VisionModel(their_vision_config(config))
+    theirs.load_state_dict(their_vision_names(ours.state_dict(), config))
+    grids = [(8, 16), (16, 8), (4, 32), (2, 64)] * 2
+    patches = torch.randn(1024, 588)
+    cut, sizes = patches.view(1024, 3, 14, 14), thw(grids)
+
+    def step(model: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+        out = run()
+        out.square().sum().backward()
+        model.zero_grad()
+        return out.detach()
+
+    return {
+        "transformers": lambda: step(theirs, lambda: theirs(cut, grid_thw=sizes).pooler_output),
+        "ours": lambda: step(ours, lambda: ours(patches, grids)),
+    }
 
 
 def decoders() -> tuple[Decoder, nn.Module, Tensor]:

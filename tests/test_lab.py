@@ -1,6 +1,8 @@
 """Labs: what they compute in the browser equals the package, and everyone can use them."""
 
+import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +25,9 @@ from noise2tokens.flash_attention.tiled import (
     tile_spans,
     tiled_forward,
 )
-from noise2tokens.labs import lab, lab_page
+from noise2tokens.kimi_vl.moonvit import MOONVIT
+from noise2tokens.kimi_vl.preprocess import grid_of, resized, tokens
+from noise2tokens.labs import TEMPLATES, lab, lab_page
 from noise2tokens.mla.attention import Sizes
 from noise2tokens.mla.cost import (
     crossover,
@@ -34,6 +38,7 @@ from noise2tokens.mla.cost import (
 )
 from noise2tokens.moe.layer import MoEConfig
 from noise2tokens.scaling_laws.flops import BATCH_TOKENS, LEARNING_RATE, MODEL_SCALE
+from noise2tokens.sequence_packing.layout import offsets
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(
@@ -546,3 +551,92 @@ def test_the_schedule_lab_simulates_as_the_package_does(browser, change):
     said = " and ".join(first) + (" are" if len(first) > 1 else " is")
     assert f"{said} done first" in page.locator(".n2t-schedule [aria-live]").inner_text()
     fits_and_is_accessible(page, problems)
+
+
+# What a picture costs
+
+OTHERS = [(427, 640), (1080, 1920), (64, 64)]
+SIGHT = dict(width=1200, height=800, limit=4096)
+
+
+def scale_and_distortion(size, seen):
+    down, across = (new / old for new, old in zip(seen, size, strict=True))
+    return min(down, across), max(down / across, across / down)
+
+
+def internvl_tiles(height, width, side=448, most=12):
+    """Rows and columns of the tiles that InternVL's released code cuts, written as it is there."""
+    ratios = {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1)}
+    ratios = sorted((r for r in ratios if r[0] * r[1] <= most), key=lambda r: r[0] * r[1])
+    best, least = (1, 1), math.inf
+    for columns, rows in ratios:
+        off = abs(width / height - columns / rows)
+        if off < least:
+            best, least = (rows, columns), off
+        elif off == least and width * height > 0.5 * side * side * rows * columns:
+            best = (rows, columns)
+    return best
+
+
+@needs_browser
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(width=20, height=20),
+        dict(width=1000, height=1000),  # shrunk, filled up, and beyond the limit of patches
+        dict(width=1000, height=1000, limit=16384),
+        dict(width=4000, height=20),
+        dict(width=300, height=4000),
+        dict(width=3840, height=2160, limit=16384),
+        dict(width=400, height=400),  # one tile is enough
+        dict(width=460, height=460),  # and here four tiles tie with it, and win
+    ],
+)
+def test_the_sight_lab_counts_as_the_package_does(browser, change):
+    figure = lab_page("sight_lab", dict(start=SIGHT, others=OTHERS), alt="What a picture costs.")
+    page, problems, state = moved(browser, figure, change)
+    plan = SIGHT | change
+    assert {name: state[name] for name in plan} == plan
+    size, limit = (plan["height"], plan["width"]), plan["limit"]
+    native, seen = state["native"], resized(*size, 14, limit)
+    assert tuple(native["seen"]) == seen
+    assert tuple(native["grid"]) == grid_of(*size, MOONVIT, limit) and not native["refused"]
+    assert native["tokens"] == tokens(*size, MOONVIT, limit) == native["patches"] / 4
+    area = native["grid"][0] * native["grid"][1] * 14**2
+    assert native["filled"] == pytest.approx(1 - seen[0] * seen[1] / area, abs=1e-12)
+    tiles = internvl_tiles(*size)
+    assert tuple(state["tiled"]["tiles"]) == tiles
+    count = tiles[0] * tiles[1]
+    assert state["tiled"]["tokens"] == 256 * (count + (count > 1))
+    assert state["square"]["tokens"] == 256
+    whole = [448 * n for n in tiles]
+    for way, there in [("native", seen), ("square", (448, 448)), ("tiled", whole)]:
+        found = state[way]["scale"], state[way]["distortion"]
+        assert found == pytest.approx(scale_and_distortion(size, there), rel=1e-12)
+    patches = [4 * tokens(*one, MOONVIT, limit) for one in (size, *OTHERS)]
+    assert state["cu_seqlens"] == offsets(patches).tolist()
+    assert state["padded"] == len(patches) * max(patches)
+    fits_and_is_accessible(page, problems)
+
+
+@needs_browser
+@pytest.mark.browser
+def test_the_sight_lab_refuses_what_the_package_refuses(browser):
+    """No slider reaches so far: the rule is held on the module itself, without the limit of patches in the way."""
+    figure = lab_page("sight_lab", dict(start=SIGHT, others=[(14, 7168)]), alt="A long strip.")
+    page, problems, _ = moved(browser, figure, {})
+    source = (TEMPLATES / "sight_lab.js").read_text()
+    module = "data:text/javascript;base64," + base64.b64encode(source.encode()).decode()
+    for width in (7139, 7140, 7141, 7168):
+        refused = page.evaluate(
+            "async ([m, w]) => (await import(m)).native(14, w, 4096).refused", [module, width]
+        )
+        if refused:
+            with pytest.raises(ValueError, match="512"):
+                grid_of(14, width, MOONVIT, 4096)
+        else:
+            assert max(grid_of(14, width, MOONVIT, 4096)) < 512
+        assert refused == (width > 7140)
+    page.close()
