@@ -1,6 +1,7 @@
 """Shared by all tests: where things are, and Triton's interpreter where there is no GPU."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def fake_mnist(monkeypatch):
-    """Give a chapter's module real digits in place of MNIST: 1797 of 8x8 pixels, enlarged to 28x28."""
+    """Give a chapter's module, and those beside it, real digits in place of MNIST: 1797 of 8x8 pixels, enlarged."""
 
     def replace(module) -> None:
+        from noise2tokens import images as images_of
         from noise2tokens.images import digits
 
         images, labels = digits()
@@ -44,7 +46,9 @@ def fake_mnist(monkeypatch):
             part = slice(None, 1400) if train else slice(1400, None)
             return images[part], labels[part]
 
-        if hasattr(module, "mnist"):
-            monkeypatch.setattr(module, "mnist", mnist)
+        package = module.__name__.rpartition(".")[0]
+        for name, one in list(sys.modules.items()):
+            if name.rpartition(".")[0] == package and "mnist" in vars(one) and one is not images_of:
+                monkeypatch.setattr(one, "mnist", mnist)
 
     return replace
