@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
 
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_deepseek_v3 import in_float64
+from test_deepseek_v3 import their_config as their_text_config
 from torch.nn import functional as F
 from transformers import DeepseekV3Config
 from transformers.models.kimi_k25.configuration_kimi_k25 import (
@@ -140,16 +141,6 @@ def stir(model, seed=0):
         if name.endswith("bias"):
             bias.normal_(std=0.1)
     return model.double()
-
-
-@contextmanager
-def in_float64():
-    """Let transformers' code, which names float32 for norms, softmax, router and angles, compute in float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        yield
 
 
 def their_vision_config(config):
@@ -608,40 +599,9 @@ def batched(config, samples):
     return Batch(batch.tokens, batch.labels, patches, batch.grids)
 
 
-def their_text_config(config):
-    sizes, mixture = config.attention, config.mixture
-    return DeepseekV3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        intermediate_size=config.hidden,
-        moe_intermediate_size=mixture.hidden,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        n_shared_experts=mixture.shared,
-        n_routed_experts=mixture.experts,
-        routed_scaling_factor=float(mixture.scale),
-        kv_lora_rank=sizes.kv_rank,
-        q_lora_rank=sizes.query_rank,
-        qk_rope_head_dim=sizes.rope_dim,
-        v_head_dim=sizes.value_dim,
-        qk_nope_head_dim=sizes.nope_dim,
-        n_group=mixture.groups,
-        topk_group=mixture.top_groups,
-        num_experts_per_tok=mixture.top_k,
-        first_k_dense_replace=config.dense,
-        rms_norm_eps=float(config.norm_eps),
-        rope_parameters={"rope_type": "default", "rope_theta": float(config.rope_base)},
-        attn_implementation="eager",
-        experts_implementation="eager",
-        tie_word_embeddings=False,
-        eos_token_id=None,
-    )
-
-
 def their_config(config):
     return Kimi_K25Config(
-        text_config=their_text_config(config.language),
+        text_config=their_text_config(config.language, tie_word_embeddings=False),
         vision_config=their_vision_config(config.vision),
         projection_hidden_size=config.vision.width,
         image_token_id=config.image_token,
