@@ -171,7 +171,7 @@ def test_a_new_chapter_fits_the_import_rule_and_stops_at_its_first_open_cell(boo
         ("book/index.md", "[NICE](02_nice.ipynb)", "NICE", "lists 02_nice 0 times"),
         ("book/index.md", "(03_realnvp_glow.ipynb)", "(02_nice.ipynb)", "row 3 links to 02_nice"),
         ("book/index.md", "(03_realnvp_glow.ipynb)", "(03_glow.ipynb)", "links to 03_glow, and there is no such"),
-        ("book/index.md", "| 16 | Muon", "| 19 | Muon", "not in order"),
+        ("book/index.md", "| 16 | [Muon]", "| 19 | [Muon]", "not in order"),
         ("book/index.md", "density? | ready |", "density? | in preparation |", "row 2 says 'in preparation'"),
         ("pyproject.toml", '    "nice",\n', "", "layers are"),
         ("pyproject.toml", '    "realnvp_glow",\n    "nice",\n', '    "nice",\n    "realnvp_glow",\n', "layers are"),
