@@ -73,8 +73,8 @@ SLICES: dict[str, dict] = {
         seconds=0.01, learning_rate=1e-2,
     ),
     "16_muon": dict(
-        seeds=2, layers=1, plan=((1e7, 8), (2e7, 8)), rates=(0.01, 0.02), outer_rates=(0.02,), batches_at=1e7,
-        batches=(3.0,), held_out=4, resamples=20,
+        seeds=2, layers=1, plan=((1e7, 8), (2e7, 8)), rates={"AdamW": (0.01,), "Muon": (0.01, 0.02)},
+        batches=(1.0, 3.0), outer_rates=(0.02,), tuning_seeds=1, held_out=4, resamples=20,
     ),
     "17_kimi_vl": dict(
         seeds=1, steps=2, batch=2, digits=(1, 2), heights=(42, 64), widths=(42, 64), widest=100, mnist_steps=2,

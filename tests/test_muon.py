@@ -657,26 +657,46 @@ def test_a_training_that_diverges_is_told(text, monkeypatch):
     assert (found["rates"], found["edge"], found["tokens a step"]) == ([2, 1], "no", 128)
 
 
+def test_neighbours_of_the_best_rate():
+    rates = (0.1, 0.2, 0.3, 0.4)
+    assert experiment.around(rates, 0.2) == (0.1, 0.2, 0.3)
+    assert experiment.around(rates, 0.1) == (0.1, 0.2)
+    assert experiment.around(rates, 0.4) == (0.3, 0.4)
+
+
 SLICE = dict(
-    seeds=2, layers=1, plan=((1e7, 8), (2e7, 8)), rates=(0.01, 0.02), outer_rates=(0.02, 0.03),
-    batches_at=1e7, batches=(3.0,), held_out=4, resamples=20,
+    seeds=2, layers=1, plan=((1e7, 8), (2e7, 8)),
+    rates={"AdamW": (0.0, 0.005, 0.01, 0.02), "Muon": (0.01, 0.02)}, batches=(1.0, 3.0),
+    outer_rates=(0.02, 0.03), tuning_seeds=1, held_out=4, resamples=20,
 )  # fmt: skip
+
+
+def best_row(rows):
+    return min(rows, key=lambda name: np.mean(rows[name]["losses"]))
 
 
 def test_full_scale_says_what_its_parts_say(text):
     results, pictures = experiment.full_scale(torch.device("cpu"), seed=3, **SLICE)
     assert len(pictures) == 1
-    grid = [(rate, outer) for rate in SLICE["rates"] for outer in SLICE["outer_rates"]]
     for way in ("AdamW", "Muon"):
-        runs = results["runs"][way]
+        found, runs = results["tuning"][way], results["runs"][way]
         assert [one["C"] for one in runs] == [1e7, 2e7]
-        budget = experiment.budget_of(2e7, 8, 1)
-        losses = {
-            rates: [experiment.train_one(way, rates, text, seed=x, **budget) for x in (3, 4)]
-            for rates in grid
-        }
-        best = min(losses, key=lambda rates: sum(losses[rates]))
-        assert (runs[1]["rates"], runs[1]["losses"]) == (list(best), losses[best])
+        factor, outer = best_row(found["batch"]), best_row(found["outer"])
+        assert found["batch"][factor] == found["outer"]["0.02"]
+        for name, value, rows in (
+            ("batch", "3", found["batch"]),
+            ("outer", "0.03", found["outer"]),
+        ):
+            settings = {"batch": factor, "outer": "0.02"} | {name: value}
+            budget = experiment.budget_of(1e7, 8, 1, float(settings["batch"]))
+            grid = [(rate, float(settings["outer"])) for rate in SLICE["rates"][way]]
+            losses = experiment.sweep(way, grid, text, [5], **budget)
+            assert rows[value] == experiment.row(1e7, losses, **budget)
+        near = experiment.around(SLICE["rates"][way], found["outer"][outer]["rates"][0])
+        budget = experiment.budget_of(2e7, 8, 1, float(factor))
+        grid = [(rate, float(outer)) for rate in near]
+        losses = experiment.sweep(way, grid, text, [3, 4], **budget)
+        assert runs[1] == experiment.row(2e7, losses, **budget)
         law = PowerLaw(*results["laws"][way])
         for one in runs:  # two points lie on their line
             assert law(one["C"]) == pytest.approx(np.mean(one["losses"]))
@@ -688,8 +708,7 @@ def test_full_scale_says_what_its_parts_say(text):
     assert (
         min(results["ratio of seeds"]) < results["ratio"]["ratio"] < max(results["ratio of seeds"])
     )
-    larger = results["batches"]["3"]["Muon"]
-    assert larger["tokens a step"] > results["runs"]["Muon"][0]["tokens a step"]
-    assert larger["steps"] < results["runs"]["Muon"][0]["steps"]
+    one, three = (results["tuning"]["Muon"]["batch"][name] for name in "13")
+    assert three["tokens a step"] > one["tokens a step"] and three["steps"] < one["steps"]
     for figure in pictures.values():
         experiment.plt.close(figure)

@@ -1,5 +1,6 @@
 """What orthogonalization costs beside the training of the layer that it is for."""
 
+import math
 from collections.abc import Iterable
 
 from noise2tokens.muon.orthogonalize import STEPS
@@ -32,10 +33,7 @@ def overhead(rows: int, columns: int, tokens: int, steps: int = STEPS) -> float:
 
 def step_flops(shapes: Iterable[tuple[int, ...]], steps: int = STEPS) -> int:
     """Count the FLOPs of `newton_schulz` for all matrices of a model; (E, m, n) are E matrices."""
-    total = 0
-    for *batch, rows, columns in shapes:
-        count = 1
-        for size in batch:
-            count *= size
-        total += count * newton_schulz_flops(rows, columns, steps)
-    return total
+    return sum(
+        math.prod(batch) * newton_schulz_flops(rows, columns, steps)
+        for *batch, rows, columns in shapes
+    )

@@ -298,16 +298,22 @@ def surcharge(width: int, layers: int, batch_size: int) -> float:
     return step_flops(shapes) / (scale_of(sizes(width, layers)) * batch_size * LENGTH)
 
 
+def around(rates: Sequence[float], best: float) -> Sequence[float]:
+    """Return the best of some rates in rising order and its neighbours."""
+    i = rates.index(best)
+    return rates[max(0, i - 1) : i + 2]
+
+
 # Widths near the best of each budget by chapter 11's long run, which was made with AdamW.
 BUDGETS = {
     "long": {
         "seeds": 3,
         "layers": 2,
         "plan": ((1e10, 12), (2e10, 16), (5e10, 18), (8e10, 20)),
-        "rates": (0.006, 0.018, 0.054, 0.16),
-        "outer_rates": (0.03,),
-        "batches_at": 2e10,
-        "batches": (4.0,),
+        "rates": {"AdamW": (0.002, 0.006, 0.018, 0.054), "Muon": (0.006, 0.018, 0.054, 0.16)},
+        "batches": (0.25, 0.5, 1.0, 4.0),
+        "outer_rates": (0.03, 0.01, 0.09),
+        "tuning_seeds": 2,
         "held_out": 1800,
         "resamples": 1000,
     },
@@ -321,14 +327,17 @@ def full_scale(
     seeds: int,
     layers: int,
     plan: Sequence[tuple[float, int]],
-    rates: Sequence[float],
-    outer_rates: Sequence[float],
-    batches_at: float,
+    rates: Mapping[str, Sequence[float]],
     batches: Sequence[float],
+    outer_rates: Sequence[float],
+    tuning_seeds: int,
     held_out: int,
     resamples: int,
 ) -> tuple[dict[str, Any], dict[str, Figure]]:
-    """Train with both optimizers at several budgets, each with its best rates, and fit a law of loss to each.
+    """Tune both optimizers at the first of several budgets, train with each at all of them, and fit a law to each.
+
+    The batch is tuned first, then the rate of embedding, head and norms, each time with the rate of hidden matrices
+    swept anew. At each budget that rate is swept once more, over the best of the tuning and its neighbours.
 
     Args:
         device: Where to train.
@@ -336,38 +345,45 @@ def full_scale(
         seeds: Trainings at each point and pair of rates, two or more.
         layers: Of every model.
         plan: Two budgets or more, in non-embedding FLOP, and the width at each.
-        rates, outer_rates: Learning rates of hidden matrices and of all else, each with each.
-        batches_at: The budget of the plan at which the batch is varied too.
-        batches: What it is multiplied with there.
+        rates: Learning rates of hidden matrices in rising order, by way: "AdamW" and "Muon".
+        batches: What chapter 11's batch of each budget is multiplied with.
+        outer_rates: Learning rates of all else; the batch is tuned at the first of them.
+        tuning_seeds: Trainings at each point of the tuning, with seeds of its own.
         held_out: Windows to validate on.
         resamples: Draws for the band of the ratio.
 
     Returns:
-        "runs": for each way and budget what `row` says. "laws": coefficient and exponent. "ratio": what share of
-        AdamW's compute Muon needs at the budget "C", with its band. "ratio, all counted": the same with Newton-Schulz
-        in Muon's compute; "ratio of seeds": the first, from laws of one seed each. "batches": `row` by factor and way.
-        A picture.
+        "tuning": for each way what `row` says of each "batch" and, at the best of them, of each "outer" rate. "runs":
+        what `row` says of each budget, by way. "laws": coefficient and exponent. "ratio": what share of AdamW's compute
+        Muon needs at the budget "C", with its band. "ratio, all counted": the same with Newton-Schulz in Muon's
+        compute; "ratio of seeds": the first, from laws of one seed each. A picture.
     """
-    text, ways = source_code(device, held_out), ("AdamW", "Muon")
-    grid = [(rate, outer) for rate in rates for outer in outer_rates]
+    text = source_code(device, held_out)
+    measured, tuning = range(seed, seed + seeds), range(seed + seeds, seed + seeds + tuning_seeds)
+    results: dict[str, Any] = {"tuning": {}, "runs": {}}
 
-    def run(way: str, compute: float, factor: float = 1.0) -> dict[str, Any]:
-        budget = budget_of(compute, dict(plan)[compute], layers, factor)
-        return row(compute, sweep(way, grid, text, range(seed, seed + seeds), **budget), **budget)
+    def run(way, compute, width, tried, used, *, batch, outer):
+        budget = budget_of(compute, width, layers, batch)
+        grid = [(rate, outer) for rate in tried]
+        return row(compute, sweep(way, grid, text, used, **budget), **budget)
 
-    runs = {way: [run(way, compute) for compute, _ in plan] for way in ways}
-    results: dict[str, Any] = {"runs": runs}
-    results["batches"] = {
-        f"{factor:g}": {way: run(way, batches_at, factor) for way in ways} for factor in batches
-    }
-    losses = {way: [one["losses"] for one in runs[way]] for way in ways}
-    spent = {way: [one["C"] for one in runs[way]] for way in ways}
-    counted = spent | {"Muon": [one["C"] * (1 + one["surcharge"]) for one in runs["Muon"]]}
+    for way in rates:
+        best, found = {"batch": 1.0, "outer": outer_rates[0]}, {}
+        for name, values in (("batch", batches), ("outer", outer_rates)):
+            rows = {x: run(way, *plan[0], rates[way], tuning, **best | {name: x}) for x in values}
+            best[name] = min(rows, key=lambda x, rows=rows: fmean(rows[x]["losses"]))
+            found[name] = {f"{x:g}": one for x, one in rows.items()}
+        near = around(rates[way], rows[best["outer"]]["rates"][0])
+        results["tuning"][way] = found
+        results["runs"][way] = [run(way, *point, near, measured, **best) for point in plan]
+    losses = {way: [one["losses"] for one in runs] for way, runs in results["runs"].items()}
+    spent = {way: [one["C"] for one in runs] for way, runs in results["runs"].items()}
+    dearer = [one["C"] * (1 + one["surcharge"]) for one in results["runs"]["Muon"]]
     at = plan[-1][0]
     results["laws"] = {
-        way: list(fit_power_law(spent[way], [fmean(x) for x in losses[way]])) for way in ways
+        way: list(fit_power_law(spent[way], [fmean(x) for x in losses[way]])) for way in rates
     }
-    for name, compute in (("ratio", spent), ("ratio, all counted", counted)):
+    for name, compute in (("ratio", spent), ("ratio, all counted", spent | {"Muon": dearer})):
         results[name] = ratio_band(compute, losses, at, resamples, seed) | {"C": at}
     results["ratio of seeds"] = seed_ratios(spent, losses, at)
     figure, ax = plt.subplots(figsize=(6.4, 3.4))
