@@ -298,12 +298,6 @@ def surcharge(width: int, layers: int, batch_size: int) -> float:
     return step_flops(shapes) / (scale_of(sizes(width, layers)) * batch_size * LENGTH)
 
 
-def around(rates: Sequence[float], best: float) -> Sequence[float]:
-    """Return the best of some rates in rising order and its neighbours."""
-    i = rates.index(best)
-    return rates[max(0, i - 1) : i + 2]
-
-
 # Widths near the best of each budget by chapter 11's long run, which was made with AdamW.
 BUDGETS = {
     "long": {
@@ -337,7 +331,7 @@ def full_scale(
     """Tune both optimizers at the first of several budgets, train with each at all of them, and fit a law to each.
 
     The batch is tuned first, then the rate of embedding, head and norms, each time with the rate of hidden matrices
-    swept anew. At each budget that rate is swept once more, over the best of the tuning and its neighbours.
+    swept anew, and so it is at each budget.
 
     Args:
         device: Where to train.
@@ -345,7 +339,7 @@ def full_scale(
         seeds: Trainings at each point and pair of rates, two or more.
         layers: Of every model.
         plan: Two budgets or more, in non-embedding FLOP, and the width at each.
-        rates: Learning rates of hidden matrices in rising order, by way: "AdamW" and "Muon".
+        rates: Learning rates of hidden matrices, by way: "AdamW" and "Muon".
         batches: What chapter 11's batch of each budget is multiplied with.
         outer_rates: Learning rates of all else; the batch is tuned at the first of them.
         tuning_seeds: Trainings at each point of the tuning, with seeds of its own.
@@ -362,20 +356,19 @@ def full_scale(
     measured, tuning = range(seed, seed + seeds), range(seed + seeds, seed + seeds + tuning_seeds)
     results: dict[str, Any] = {"tuning": {}, "runs": {}}
 
-    def run(way, compute, width, tried, used, *, batch, outer):
+    def run(way, compute, width, used, *, batch, outer):
         budget = budget_of(compute, width, layers, batch)
-        grid = [(rate, outer) for rate in tried]
+        grid = [(rate, outer) for rate in rates[way]]
         return row(compute, sweep(way, grid, text, used, **budget), **budget)
 
     for way in rates:
         best, found = {"batch": 1.0, "outer": outer_rates[0]}, {}
         for name, values in (("batch", batches), ("outer", outer_rates)):
-            rows = {x: run(way, *plan[0], rates[way], tuning, **best | {name: x}) for x in values}
+            rows = {x: run(way, *plan[0], tuning, **best | {name: x}) for x in values}
             best[name] = min(rows, key=lambda x, rows=rows: fmean(rows[x]["losses"]))
             found[name] = {f"{x:g}": one for x, one in rows.items()}
-        near = around(rates[way], rows[best["outer"]]["rates"][0])
         results["tuning"][way] = found
-        results["runs"][way] = [run(way, *point, near, measured, **best) for point in plan]
+        results["runs"][way] = [run(way, *point, measured, **best) for point in plan]
     losses = {way: [one["losses"] for one in runs] for way, runs in results["runs"].items()}
     spent = {way: [one["C"] for one in runs] for way, runs in results["runs"].items()}
     dearer = [one["C"] * (1 + one["surcharge"]) for one in results["runs"]["Muon"]]
