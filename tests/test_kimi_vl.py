@@ -30,9 +30,9 @@ from noise2tokens.kimi_vl import experiment
 from noise2tokens.kimi_vl.batch import Batch, Sample, collate, pack_pictures, prompt_tokens
 from noise2tokens.kimi_vl.experiment import (
     BUDGETS,
-    RATES,
     WAYS,
     Stage,
+    anywhere,
     by_size,
     collated,
     compare_resolution,
@@ -51,6 +51,7 @@ from noise2tokens.kimi_vl.experiment import (
     small_target,
     stage_at,
     train,
+    tune,
 )
 from noise2tokens.kimi_vl.model import (
     A3B,
@@ -92,6 +93,7 @@ from noise2tokens.mla.attention import Sizes
 from noise2tokens.moe.layer import MoEConfig
 from noise2tokens.muon.optimizer import split_parameters
 from noise2tokens.text import Bytes
+from noise2tokens.training import History
 from noise2tokens.transformer import Config as PlainConfig
 from noise2tokens.transformer import Decoder, next_token_loss, rotate
 
@@ -1233,21 +1235,60 @@ def test_ways_differ_in_optimizer_and_stages_alone(monkeypatch):
         experiment, "share_right", lambda model, drawn: tested.append(drawn) or float(len(tested))
     )
     test = held_out(QUICK, glyphs(False))
-    found, model = compare_ways(QUICK, test, tiny(), (3, 4), steps=5, batch=6, n=7)
+    rates = {"Muon": 0.02, "AdamW": 0.004}
+    found = compare_ways(QUICK, test, tiny(), (3, 4), rates=rates, steps=5, batch=6, n=7)
     assert found == {name: [i + 1.0, i + 5.0] for i, name in enumerate(WAYS)}
-    assert model.number == 5
     assert [length for length, _ in seen] == [3, 1, 3, 1] * 2
     assert [options["muon"] for _, options in seen] == [True, True, False, False] * 2
     assert [options["seed"] for _, options in seen] == [3] * 4 + [4] * 4
     for _, options in seen:
         assert options["steps"] == 5 and options["batch"] == 6
-        assert options["learning_rate"] == RATES[options["muon"]]
+        assert options["learning_rate"] == (0.02 if options["muon"] else 0.004)
     pictures = {image.tobytes() for image in glyphs(False).images}
     shown = (((one.prompt[1].patches + 1) * 127.5).round().byte() for one in tested[0])
     for patches in shown:
         picture = patches.view(2, 2, 4, 4).transpose(1, 2).reshape(8, 8).numpy()
         assert picture.tobytes() in pictures  # of the test
     assert len(tested[0]) == 7
+
+
+def test_rates_are_tried_on_the_target_alone_and_with_each_seed(monkeypatch):
+    seen = []
+
+    def watched(config, stages, **options):
+        seen.append((stages, options["muon"], options["learning_rate"], options["seed"]))
+        return len(seen), None
+
+    monkeypatch.setattr(experiment, "train", watched)
+    monkeypatch.setattr(experiment, "share_right", lambda model, drawn: float(model))
+    rates = {"Muon": (0.1, 0.2), "AdamW": (0.3,)}
+    found = tune(QUICK, QUICK, tiny(), (5, 6), rates, steps=1, batch=1, n=1)
+    assert found == {"Muon": {0.1: 1.5, 0.2: 3.5}, "AdamW": {0.3: 5.5}}
+    settings = [(True, 0.1), (True, 0.2), (False, 0.3)]
+    assert seen == [(direct(QUICK), *setting, seed) for setting in settings for seed in (5, 6)]
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_the_rate_is_that_of_hidden_matrices(monkeypatch, muon):
+    seen = {}
+
+    def watched(model, *_, optimizer, **__):
+        seen["groups"] = optimizer.param_groups
+        return History()
+
+    monkeypatch.setattr(experiment, "fit", watched)
+    train(tiny(), direct(QUICK), seed=0, steps=1, batch=1, learning_rate=0.5, muon=muon)
+    hidden, other = seen["groups"]
+    assert (hidden["lr"], hidden["muon"], other["muon"]) == (0.5, muon, False)
+    assert other["lr"] == experiment.OUTER_RATE
+    assert all(p.dim() > 1 for p in hidden["params"])
+
+
+def test_stages_to_digits_anywhere():
+    target = small_target()
+    grid, any_pixel = anywhere(target)
+    assert grid.task == target and any_pixel.task == replace(target, step=1)
+    assert grid.share + any_pixel.share == 1 and grid.share < any_pixel.share
 
 
 def test_resolution_is_compared_at_equal_steps(monkeypatch):
@@ -1296,8 +1337,9 @@ def test_full_scale_uses_its_budget(monkeypatch, fake_mnist):
 
     fake_mnist(reading)
     sizes = dict(BUDGETS["long"]) | dict(
-        seeds=2, steps=1, batch=2, mnist_steps=1, mnist_batch=2, width=32, layers=1, n=3
-    )
+        seeds=2, steps=1, batch=2, mnist_steps=1, mnist_batch=2, width=32, layers=1, n=3,
+        rates={"Muon": (0.01, 0.02), "AdamW": (0.003,)}, reader_steps=2,
+    )  # fmt: skip
     seen = []
     real = experiment.train
 
@@ -1309,11 +1351,20 @@ def test_full_scale_uses_its_budget(monkeypatch, fake_mnist):
     results, pictures = full_scale(torch.device("cpu"), seed=5, **sizes)
     assert set(results["ways"]) == set(WAYS)
     assert all(len(values) == 2 for values in results["ways"].values())
-    assert len(pictures) == 3
-    assert [options["seed"] for _, _, options in seen] == [5] * 4 + [6] * 4 + [5, 5, 6, 6]
-    for config, task, _ in seen[8:]:
+    assert len(pictures) == 4
+    budget = [options.pop("steps") for _, _, options in seen]
+    assert budget == [1] * 11 + [2] + [1] * 4  # rates, ways, reader, MNIST
+    seeds = [options["seed"] for _, _, options in seen]
+    assert seeds == [7] * 3 + [5] * 4 + [6] * 4 + [5] + [5, 5, 6, 6]
+    rates = {optimizer: max(found, key=found.get) for optimizer, found in results["rates"].items()}
+    assert set(results["rates"]["Muon"]) == {"0.01", "0.02"}
+    for _, _, options in seen[3:11]:
+        assert options["learning_rate"] == float(rates["Muon" if options["muon"] else "AdamW"])
+    assert (seen[11][1].step, seen[11][1].digits) == (1, (2, 2))
+    assert set(results["reader"]) == {"anywhere", "on the grid"}
+    for config, task, _ in seen[12:]:
         assert config.vision.patch == 14 and config.vision.width == 32
-        assert task.glyphs.side == 28 and task.step == 14 and task.digits == (1, 2)
+        assert task.glyphs.side == 28 and task.step == 1 and task.digits == (1, 2)
     assert set(results["by size"]["native"]) == {
         "112 x 112",
         "42 x 112",

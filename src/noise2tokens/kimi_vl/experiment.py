@@ -6,7 +6,7 @@ share_right(model, samples(held_out(target), model.vision.config, 400, seed=1))
 read(model, "a_picture.png", digit=40)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from statistics import fmean
@@ -32,6 +32,7 @@ from noise2tokens.training import History, fit, seed_everything
 from noise2tokens.transformer import next_token_loss
 
 LONGEST = 12  # bytes of an answer
+OUTER_RATE = 1e-2  # of embedding, head, table and vectors, with either optimizer
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def train(
         stages: Their shares add up to 1.
         seed: Of weights and samples.
         steps, batch: How many, of how many samples.
-        learning_rate: At its highest; half a cosine falls over all stages.
+        learning_rate: Of hidden matrices, at its highest; all else has `OUTER_RATE`. Half a cosine falls over all
+            stages.
         muon: Whether matrices get Muon's updates, or AdamW's too.
         square: Resize all pictures to a square of this side.
         device: Where; a CPU if not given.
@@ -120,10 +122,12 @@ def train(
         if mixtures(model):
             balance(model)
 
-    groups = split_parameters(model, ("embedding", "head", "table"))
-    if not muon:
-        groups = [group | {"muon": False} for group in groups]
-    optimizer = Muon(groups, lr=learning_rate, weight_decay=0.01, momentum=0.9)
+    groups = [
+        group
+        | {"muon": group["muon"] and muon, "lr": learning_rate if group["muon"] else OUTER_RATE}
+        for group in split_parameters(model, ("embedding", "head", "table"))
+    ]
+    optimizer = Muon(groups, weight_decay=0.01, momentum=0.9)
     history = fit(
         model,
         loss,
@@ -275,12 +279,11 @@ def equal_square(task: Task, config: VisionConfig, n: int = 2000) -> tuple[int, 
 
 
 WAYS = {
-    "Muon, curriculum": (True, curriculum),
-    "Muon, direct": (True, direct),
-    "AdamW, curriculum": (False, curriculum),
-    "AdamW, direct": (False, direct),
+    "Muon, curriculum": ("Muon", curriculum),
+    "Muon, direct": ("Muon", direct),
+    "AdamW, curriculum": ("AdamW", curriculum),
+    "AdamW, direct": ("AdamW", direct),
 }
-RATES = {True: 1e-2, False: 3e-3}  # of Muon and of AdamW
 
 
 def compare_ways(
@@ -289,44 +292,76 @@ def compare_ways(
     config: Config,
     seeds: Iterable[int],
     *,
+    rates: Mapping[str, float],
     steps: int,
     batch: int,
     n: int,
     ways: Iterable[str] = WAYS,
     device: torch.device | None = None,
-) -> tuple[dict[str, list[float]], KimiVL]:
+) -> dict[str, list[float]]:
     """Train with each optimizer, with and without a curriculum, for equally many steps; exact match on the target.
 
     Args:
         target, test: What to learn, and the same with held-out digits.
         config: Sizes.
         seeds: One training of each way for each.
+        rates: Learning rate of hidden matrices, by optimizer.
         steps, batch: As for `train`.
         n: Samples to test on.
         ways: Which of `WAYS`.
         device: Where.
 
     Returns:
-        Exact match of each way and seed; the last model of the first way.
+        Exact match of each way and seed.
     """
-    ways, found, kept = list(ways), {}, None
+    ways, found = list(ways), {}
     for seed in seeds:
         for way in ways:
-            muon, stages = WAYS[way]
+            optimizer, stages = WAYS[way]
             model, _ = train(
                 config,
                 stages(target),
                 seed=seed,
                 steps=steps,
                 batch=batch,
-                muon=muon,
-                learning_rate=RATES[muon],
+                muon=optimizer == "Muon",
+                learning_rate=rates[optimizer],
                 device=device,
             )
             drawn = samples(test, config.vision, n, seed=seed + 1)
             found.setdefault(way, []).append(share_right(model, drawn))
-            kept = model if way == ways[0] else kept
-    return found, kept
+    return found
+
+
+def tune(
+    target: Task,
+    test: Task,
+    config: Config,
+    seeds: Sequence[int],
+    rates: Mapping[str, Sequence[float]],
+    **budget: Any,
+) -> dict[str, dict[float, float]]:
+    """Train each optimizer on the target alone at each of its rates; mean exact match of the seeds, by both.
+
+    Args:
+        target, test, config, seeds: As for `compare_ways`.
+        rates: To try, by optimizer.
+        budget: "steps", "batch", "n" and "device" as for `compare_ways`.
+    """
+    found: dict[str, dict[float, float]] = {optimizer: {} for optimizer in rates}
+    for optimizer, tried in rates.items():
+        way = f"{optimizer}, direct"
+        for rate in tried:
+            exact = compare_ways(
+                target, test, config, seeds, rates={optimizer: rate}, ways=[way], **budget
+            )
+            found[optimizer][rate] = fmean(exact[way])
+    return found
+
+
+def anywhere(target: Task) -> list[Stage]:
+    """Return two stages for digits that stand anywhere: first on the target's grid, then at any pixel."""
+    return [Stage(target, 0.3), Stage(replace(target, step=1), 0.7)]
 
 
 def compare_resolution(
@@ -390,11 +425,13 @@ BUDGETS = {
         "seeds": 3,
         "steps": 220,
         "batch": 32,
+        "rates": {"Muon": (3e-3, 1e-2, 3e-2), "AdamW": (1e-3, 3e-3, 1e-2)},
+        "reader_steps": 1500,
         "digits": (1, 2),
         "heights": (42, 112),
         "widths": (42, 112),
         "widest": 160,
-        "mnist_steps": 600,
+        "mnist_steps": 1200,
         "mnist_batch": 32,
         "width": 64,
         "layers": 2,
@@ -404,6 +441,8 @@ BUDGETS = {
         "seeds": 3,
         "steps": 400,
         "batch": 64,
+        "rates": {"Muon": (3e-3, 1e-2, 3e-2), "AdamW": (1e-3, 3e-3, 1e-2)},
+        "reader_steps": 6000,
         "digits": (1, 4),
         "heights": (42, 224),
         "widths": (42, 224),
@@ -424,6 +463,8 @@ def full_scale(
     seeds: int,
     steps: int,
     batch: int,
+    rates: Mapping[str, Sequence[float]],
+    reader_steps: int,
     digits: tuple[int, int],
     heights: tuple[int, int],
     widths: tuple[int, int],
@@ -441,38 +482,44 @@ def full_scale(
         seed: Of the first training.
         seeds: Trainings of each kind.
         steps, batch: Of each training on the small target.
-        digits, heights, widths: Of canvases with MNIST's digits, at multiples of a patch's 14 pixels.
+        rates: Learning rates of hidden matrices to choose from, by optimizer: "Muon" and "AdamW".
+        reader_steps: Of one training on the small target's digits at any pixel.
+        digits, heights, widths: Of canvases with MNIST's digits.
         widest: Pixels of the longest side to test on, beyond those of the training.
         mnist_steps, mnist_batch: Of each training on them.
         width, layers: Of the language model there; the encoder is as wide and has as many.
         n: Samples of each test.
 
     Returns:
-        "ways": exact match of each way to train on the small target, for each seed. The rest as `compare_resolution`.
-        Pictures of both, and of canvases with the answers to them.
+        "rates": exact match by optimizer and rate, with a seed of its own. "ways": that of each way to train on the
+        small target, for each seed, at the best of these rates. "reader": of a long training on digits at any pixel,
+        tested there and "on the grid". The rest as `compare_resolution` says of MNIST's digits. Pictures of these.
     """
-    all_seeds = range(seed, seed + seeds)
-    ways, _ = compare_ways(
-        small_target(),
-        small_target(False),
-        tiny(),
-        all_seeds,
-        steps=steps,
-        batch=batch,
-        n=n,
-        device=device,
+    all_seeds, config = range(seed, seed + seeds), tiny()
+    small, small_test = small_target(), small_target(False)
+    budget = dict(steps=steps, batch=batch, n=n, device=device)
+    tuned = tune(small, small_test, config, [seed + seeds], rates, **budget)
+    best = {optimizer: max(found, key=found.get) for optimizer, found in tuned.items()}
+    ways = compare_ways(small, small_test, config, all_seeds, rates=best, **budget)
+    results: dict[str, Any] = {
+        "rates": {
+            optimizer: {f"{rate:g}": exact for rate, exact in found.items()}
+            for optimizer, found in tuned.items()
+        },
+        "ways": ways,
+    }
+    reader, _ = train(
+        config, anywhere(small), seed=seed, steps=reader_steps, batch=batch, device=device
     )
+    shifted = replace(small_test, step=1)
+    results["reader"] = {
+        name: share_right(reader, samples(task, config.vision, n, seed=seed + 1))
+        for name, task in (("anywhere", shifted), ("on the grid", small_test))
+    }
     config = tiny(width, width, layers, layers, patch=14)
-    target = Task(
-        mnist_glyphs(True),
-        heights,
-        widths,
-        digits,
-        room=config.vision.patch,
-        step=config.vision.patch,
-    )
-    low, high = heights[0], heights[1]
+    low, high = heights
     sizes = [(high, high), (low, high), (high, low), (low, widest), (widest, low)]
+    target = Task(mnist_glyphs(True), heights, widths, digits, room=config.vision.patch)
     test = held_out(target, mnist_glyphs(False))
     found, models = compare_resolution(
         target,
@@ -485,14 +532,18 @@ def full_scale(
         n=n,
         device=device,
     )
-    bars, lines, gallery = (plt.figure(figsize=size) for size in ((5, 2.6), (6, 3.2), (7, 4)))
+    bars, lines, own, canvases = (
+        plt.figure(figsize=size) for size in ((5, 2.6), (6, 3.2), (7, 4), (7, 4))
+    )
     draw_ways(bars.subplots(), ways)
     draw_sizes(lines.subplots(), found["by size"])
-    draw_gallery(gallery, models["native"], test, seed)
-    return {"ways": ways, **found}, {
+    draw_gallery(own, reader, shifted, seed)
+    draw_gallery(canvases, models["native"], test, seed)
+    return results | found, {
         "Exact match on held-out digits by optimizer and curriculum, a dot for each seed": bars,
+        "Canvases with digits at any pixel, and what a model reads that was trained longer": own,
         "Exact match by height and width, at native resolution and on squares": lines,
-        "Canvases with MNIST's digits and what the model reads on them": gallery,
+        "Canvases with MNIST's digits and what the model reads on them": canvases,
     }
 
 
@@ -523,4 +574,5 @@ def draw_gallery(figure: Figure, model: KimiVL, task: Task, seed: int) -> None:
         said = read(model, canvas, question)
         ax.imshow(canvas, cmap="gray", vmin=0, vmax=255)
         ax.set_title(said if said == answer else f"{said}, not {answer}", fontsize="small")
-        ax.axis("off")
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(True)
