@@ -9,6 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from test_deepseek_v3 import in_float64
 from test_deepseek_v3 import their_config as their_text_config
@@ -26,7 +27,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import (
 
 from noise2tokens.deepseek_v3 import config as v3
 from noise2tokens.deepseek_v3.model import below
-from noise2tokens.kimi_vl import experiment
+from noise2tokens.kimi_vl import experiment, moonvit
 from noise2tokens.kimi_vl.batch import Batch, Sample, collate, pack_pictures, prompt_tokens
 from noise2tokens.kimi_vl.experiment import (
     BUDGETS,
@@ -39,6 +40,9 @@ from noise2tokens.kimi_vl.experiment import (
     compare_ways,
     curriculum,
     direct,
+    draw_gallery,
+    draw_sizes,
+    draw_ways,
     equal_square,
     full_scale,
     held_out,
@@ -93,7 +97,6 @@ from noise2tokens.mla.attention import Sizes
 from noise2tokens.moe.layer import MoEConfig
 from noise2tokens.muon.optimizer import split_parameters
 from noise2tokens.text import Bytes
-from noise2tokens.training import History
 from noise2tokens.transformer import Config as PlainConfig
 from noise2tokens.transformer import Decoder, next_token_loss, rotate
 
@@ -387,6 +390,7 @@ def test_own_resolution_up_to_the_limit():
     )
     assert resized(13, 100_000) == (13, 100_000)  # less than a patch high: nothing counts
     assert resized(1792, 1792, limit=16384) == (1792, 1792)
+    assert resized(14, 28_000, limit=1) == (1, 626)  # a strip keeps a pixel
 
 
 def test_what_a_picture_costs():
@@ -496,6 +500,27 @@ def test_pictures_of_every_kind_are_read(tmp_path):
     for kind in (one, one[:, :, None], torch.tensor(one)):
         assert torch.equal(preprocess(kind, gray).patches, preprocess(array, gray).patches)
     assert np.array_equal(as_pixels(one, 3), np.stack([one] * 3, 2))
+
+
+def test_photographs_are_turned_as_their_camera_notes(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
+    path = tmp_path / "photo.png"
+    noted = Image.Exif()
+    noted[0x0112] = 6  # the camera lay on its side: a quarter turn to the right
+    Image.fromarray(array).save(path, exif=noted)
+    want = preprocess(np.rot90(array, -1), SMALL)
+    for kind in (path, Image.open(path)):
+        made = preprocess(kind, SMALL)
+        assert made.content == (10, 6) and torch.equal(made.patches, want.patches)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pictures_of_more_than_8_bits_are_refused(dtype, tmp_path):
+    image = Image.fromarray(np.full((4, 4), 1000, dtype))
+    image.save(tmp_path / "deep.tiff")
+    for kind in (image, tmp_path / "deep.tiff"):
+        with pytest.raises(TypeError, match="8 bits a channel, got a picture of mode"):
+            preprocess(kind, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -830,6 +855,12 @@ def test_pictures_stand_where_their_tokens_are(config):
     assert torch.equal(embedded[words], model.language.embedding(tokens_T[words]))
 
 
+def test_only_the_image_token_stands_for_a_picture():
+    model = kimi_vl(WHOLE["tiny"])
+    tokens_BT = torch.tensor([[259, 261, 262]])  # its neighbors are tokens like others
+    assert torch.equal(model.embed(tokens_BT), model.language.embedding(tokens_BT))
+
+
 def test_cached_generation_is_generation_without_a_cache(config):
     model = stir(kimi_vl(config)).eval()
     prompt = ("read ", picture(config, (2, 3)), "now")
@@ -875,6 +906,73 @@ def test_answers_of_many_are_those_of_one_at_a_time(config):
     assert model.answer(("x",), 4) == ""
     model.language.head.weight.data[config.image_token] = 2 * hidden[0, -1].detach()
     assert "\x00" not in model.answer(("x",), 1) and model.answer(("x",), 1) == ""
+
+
+def test_an_answer_ends_at_the_end_token(monkeypatch):
+    """What would come after it is never asked for; rows that end first wait for the last."""
+    model = kimi_vl(WHOLE["tiny"]).eval()
+    end = Bytes().end
+    said = iter(torch.tensor([[97, end, 98, 98], [99, 260, 99, end], [255, 98, end, 98]]).T)
+
+    def logits(hidden):
+        assert not torch.is_grad_enabled()
+        return F.one_hot(next(said), 263).float()[:, None]
+
+    monkeypatch.setattr(model.language, "logits", logits)
+    assert model.answers([("x",), ("y",), ("z",)], 9) == ["a", "cc", "\N{REPLACEMENT CHARACTER}b"]
+    assert next(said, None) is None
+
+
+def test_answers_take_the_options_of_generation(config):
+    model = stir(kimi_vl(config)).float().eval()
+    prompt = ("read ", picture(config, (1, 2)))
+
+    def drawn(seed, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return model.answer(prompt, 8, temperature=3.0, generator=generator, **options)
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert drawn(0, top_k=1) == drawn(1, top_k=1) == model.answer(prompt, 8)
+    graphs = []  # which nobody needs: not of the encoder either
+    model.projector.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    model.answer(prompt, 1)
+    assert graphs == [False]
+
+
+def test_pictures_are_embedded_under_autocast_and_in_half_precision(config):
+    model = stir(kimi_vl(config)).float()
+    batch = collate(mixed(config), config.image_token, config.vision.merge)
+    want = model.embed(batch.tokens, batch.patches, batch.grids)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed_types = model.embed(batch.tokens, batch.patches, batch.grids)
+    mixed_types.square().mean().backward()
+    assert all(weight.grad.isfinite().all() for weight in model.vision.parameters())
+    half = model.bfloat16()
+    low = half.embed(batch.tokens, batch.patches.bfloat16(), batch.grids)
+    assert mixed_types.dtype == torch.float32 and low.dtype == torch.bfloat16
+    for got in (mixed_types, low):
+        assert (got.float() - want).norm() <= 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pictures_come_to_the_type_of_the_weights(dtype, monkeypatch):
+    turned = set()
+
+    def watched(x, cos, sin):
+        turned.add((x.dtype, cos.dtype, sin.dtype))
+        return rotate(x, cos, sin)
+
+    monkeypatch.setattr(moonvit, "rotate", watched)
+    model = kimi_vl(tiny()).to(dtype).eval()
+    made = preprocess(np.full((9, 20), 255, np.uint8), model.vision.config)
+    got = model.vision(made.patches, [made.grid])
+    assert got.dtype == dtype
+    assert torch.equal(got, model.vision(made.patches.to(dtype), [made.grid]))
+    angles = torch.promote_types(dtype, torch.float32)  # in single precision or better
+    assert turned == {(dtype, angles, angles)}
+    one = Sample(("what? ", made), "1")
+    assert model.answer(one.prompt, 3) == model.answers([one.prompt] * 2, 3)[1]
+    assert right(model, [one]).shape == (1,) and occlusion(model, one).shape == (1, 4, 6)
 
 
 def test_any_decoder_of_the_ground_floor_is_a_language_model():
@@ -1007,6 +1105,24 @@ def test_canvases_show_the_answer(room, step):
     assert len({answer for _, _, answer in drawn}) > 100
 
 
+@pytest.mark.parametrize(
+    ("side", "room", "step", "want"),
+    [
+        (6, 2, 1, {0, 1, 2}),  # one cell, which is the canvas
+        (7, 0, 1, {0, 1, 2, 3}),  # one cell without room, somewhere on the canvas
+        (9, 5, 2, {0, 2, 4}),
+        (12, 2, 3, {0, 6}),  # two cells a side, with less room than a step
+    ],
+)
+def test_digits_stand_at_every_place_that_there_is(side, room, step, want):
+    task = Task(numbered(4), (side, side), (side, side), digits=(1, 1), room=room, step=step)
+    generator = Random(0)
+    found = {tuple(np.argwhere(task.draw(generator)[0])[0].tolist()) for _ in range(400)}
+    assert found == set(itertools.product(want, want))
+    shown = {task.draw(generator)[2] for _ in range(400)}
+    assert shown == set("0123456789")
+
+
 def test_small_canvases_hold_fewer_digits():
     task = Task(numbered(), (3, 3), (3, 8), digits=(2, 5), room=0)
     drawn = [task.draw(Random(seed)) for seed in range(50)]
@@ -1017,12 +1133,17 @@ def test_small_canvases_hold_fewer_digits():
 def test_counts_are_asked_about_digits_that_are_there_and_others():
     task = replace(PLAIN_TASK, glyphs=numbered(8), digits=(3, 3), questions=QUESTIONS[1:])
     drawn = [task.draw(Random(seed)) for seed in range(200)]
+    first, absent = [], set()
     for canvas, question, answer in drawn:
         digit = int(question.removeprefix("how many ")[0])
         assert question == f"how many {digit}s? "
         assert int(answer) == (canvas == 10 + digit).sum() // 64
+        first.append(in_reading_order(canvas, 8, task.room).find(str(digit)))
+        absent |= {digit} if answer == "0" else set()
     share = np.mean([answer != "0" for _, _, answer in drawn])
     assert 0.5 < share < 0.75  # half of them, and a quarter of the others
+    assert absent == set(range(10))
+    assert min(first.count(place) for place in range(3)) > 20  # none of the three is preferred
     both = replace(task, questions=QUESTIONS)
     assert len({both.draw(Random(seed))[1][:4] for seed in range(20)}) == 2
 
@@ -1095,6 +1216,45 @@ def test_right_is_what_generation_says(reader):
     assert share_right(model, drawn) == np.mean(want)
 
 
+def test_every_byte_of_an_answer_counts_and_so_does_its_end(monkeypatch):
+    model = kimi_vl(tiny()).eval()
+    for said, want in (([0, 256], True), ([1, 256], False), ([0, 0], False)):
+        logits = F.one_hot(torch.tensor([said]), 258).float()
+        monkeypatch.setattr(model, "forward", lambda *_, logits=logits: logits)
+        assert right(model, [Sample(("x",), "\0")]).tolist() == [want]
+    for function in (right, share_right):
+        with pytest.raises(ValueError, match="one sample or more"):
+            function(model, [])
+
+
+def test_experts_are_balanced_while_it_trains():
+    model, _ = train(tiny(16, 32, 1, 2), direct(QUICK), seed=0, steps=3, batch=4)
+    (bias,) = (b for name, b in model.named_buffers() if name.endswith("bias"))
+    assert 0.01 - 1e-6 <= bias.abs().max() <= 0.03 + 1e-6  # three steps of 0.01 at most
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_optimizer_is_the_one_that_was_asked_for(monkeypatch, muon):
+    made, real = [], experiment.Muon
+
+    def watched(groups, **options):
+        made.append((groups, options))
+        return real(groups, **options)
+
+    monkeypatch.setattr(experiment, "Muon", watched)
+    options = dict(seed=0, steps=1, batch=1, muon=muon, learning_rate=0.02)
+    model, _ = train(tiny(16, 32, 1, 2), direct(QUICK), **options)
+    ((groups, _),) = made
+    hidden, other = groups
+    assert (hidden["lr"], other["lr"]) == (0.02, experiment.OUTER_RATE)
+    assert all(p.dim() > 1 for p in hidden["params"])
+    there = {id(p) for group in groups if group["muon"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in there}
+    assert bool(names) == muon
+    for part in ("embedding", "head", "table", "norm"):
+        assert not any(part in name for name in names)
+
+
 def test_training_is_decided_by_its_seed():
     small = tiny(16, 32, 1, 1)
     kwargs = dict(steps=2, batch=2)
@@ -1104,8 +1264,9 @@ def test_training_is_decided_by_its_seed():
     assert adam[1].losses[0] == runs[0][1].losses[0] and adam[1].losses[1] != runs[0][1].losses[1]
     square = train(small, direct(QUICK), seed=0, square=16, **kwargs)
     assert square[1].losses[0] != runs[0][1].losses[0]
-    with pytest.raises(ValueError, match="add up to 1"):
-        train(small, [Stage(QUICK, 0.5)], seed=0, **kwargs)
+    for shares in ((), (0.5,), (1.5, -0.5)):
+        with pytest.raises(ValueError, match="0 or more and add up to 1"):
+            train(small, [Stage(QUICK, share) for share in shares], seed=0, **kwargs)
 
 
 def test_stages_follow_one_another():
@@ -1119,6 +1280,9 @@ def test_stages_follow_one_another():
     shares = [i / 100 for i in range(100)]
     found = [stages.index(stage_at(stages, share)) for share in shares]
     assert found == [0] * 10 + [1] * 25 + [2] * 65
+    # 0.1 + 0.2 is a little more than 0.3, which begins the third all the same
+    tenths = [Stage(PLAIN_TASK, 0.1), Stage(PLAIN_TASK, 0.2), Stage(QUICK, 0.7)]
+    assert stage_at(tenths, 0.3) is tenths[2] and stage_at(tenths, 1.0) is tenths[2]
 
 
 def test_training_goes_through_the_stages(monkeypatch):
@@ -1134,6 +1298,19 @@ def test_training_goes_through_the_stages(monkeypatch):
     train(tiny(16, 32, 1, 1), stages, seed=0, steps=20, batch=2)
     want = [stages[0].task] * 4 + [stages[1].task] * 10 + [stages[2].task] * 26
     assert drawn == want
+
+
+def test_a_training_draws_its_samples_by_its_seed(monkeypatch):
+    answers, real = [], experiment.sample
+
+    def watched(*args):
+        answers.append((one := real(*args)).answer)
+        return one
+
+    monkeypatch.setattr(experiment, "sample", watched)
+    for seed in (0, 1):
+        train(tiny(16, 32, 1, 1), direct(QUICK), seed=seed, steps=2, batch=10)
+    assert answers[:20] != answers[20:]
 
 
 def test_samples_ask_first_and_show_then():
@@ -1192,6 +1369,33 @@ def test_a_picture_of_your_own_is_read(reader, tmp_path):
         read(model, images[0], digit=0)
 
 
+def test_what_the_model_is_shown_of_a_picture_of_your_own(monkeypatch):
+    model = kimi_vl(tiny()).eval()
+    config, seen = model.vision.config, []
+    monkeypatch.setattr(model, "answer", lambda prompt, n: seen.append(prompt) or "")
+
+    def shown(*args, **options):
+        read(model, *args, **options)
+        return seen[-1][1]
+
+    wide = np.random.default_rng(0).integers(0, 100, (10, 30), np.uint8)
+    squared = shown(wide, "how many 3s? ", square=16)
+    assert seen[-1][0] == "how many 3s? "
+    assert torch.equal(squared.patches, preprocess(to_square(wide, 16, 1), config).patches)
+    assert torch.equal(shown(wide).patches, preprocess(wide, config).patches)
+    assert seen[-1][0] == QUESTIONS[0]
+    assert shown(np.zeros((60, 200), np.uint8), digit=40).content == (12, 40)
+    assert shown(np.zeros((1, 200), np.uint8), digit=40).content == (1, 40)
+    # only paper is turned: what most pixels are
+    paper = np.full((8, 8), 255, np.uint8)
+    paper[:3] = 0
+    assert torch.equal(shown(paper).patches, preprocess(255 - paper, config).patches)
+    assert torch.equal(shown(255 - paper).patches, preprocess(255 - paper, config).patches)
+    dim = np.full((8, 8), 100, np.uint8)
+    dim[:3] = 255  # most are dark, though the mean is bright
+    assert torch.equal(shown(dim).patches, preprocess(dim, config).patches)
+
+
 def test_occlusion_says_where_the_answer_comes_from(reader):
     model, _ = reader
     task = Task(glyphs(False), (8, 8), (8, 16), room=0, digits=(1, 1))
@@ -1218,6 +1422,27 @@ def test_occlusion_says_where_the_answer_comes_from(reader):
     for bad in (Sample(("x",), "1"), Sample(one.prompt, "")):
         with pytest.raises(ValueError, match="one picture and an answer"):
             occlusion(model, bad)
+
+
+def test_occlusion_is_that_of_each_byte_by_each_patch():
+    model = stir(kimi_vl(tiny())).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16), np.uint8)
+    made = preprocess(pixels, model.vision.config)
+    prompt, answer = [*b"x", 257, 257, *b"y"], b"ab\0"
+
+    @torch.no_grad()
+    def log_probabilities(patches):
+        tokens = torch.tensor([[*prompt, *answer]])
+        logits = model(tokens, patches, [made.grid])[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1)[range(3), list(answer)]
+
+    found = occlusion(model, Sample(("x", made, "y"), answer.decode()))
+    assert found.shape == (3, 2, 4) and found.abs().amax((1, 2)).min() > 0.01
+    for i in range(8):
+        covered = made.patches.clone()
+        covered[i] = -1
+        want = log_probabilities(made.patches) - log_probabilities(covered)
+        assert (found[:, i // 4, i % 4] - want).abs().max() <= 1e-12
 
 
 def test_ways_differ_in_optimizer_and_stages_alone(monkeypatch):
@@ -1249,7 +1474,9 @@ def test_ways_differ_in_optimizer_and_stages_alone(monkeypatch):
     for patches in shown:
         picture = patches.view(2, 2, 4, 4).transpose(1, 2).reshape(8, 8).numpy()
         assert picture.tobytes() in pictures  # of the test
-    assert len(tested[0]) == 7
+    for i, drawn in enumerate(tested):
+        want = samples(test, tiny().vision, 7, seed=4 + i // 4)  # not the seed of the training
+        assert [one.answer for one in drawn] == [one.answer for one in want]
 
 
 def test_rates_are_tried_on_the_target_alone_and_with_each_seed(monkeypatch):
@@ -1268,22 +1495,6 @@ def test_rates_are_tried_on_the_target_alone_and_with_each_seed(monkeypatch):
     assert seen == [(direct(QUICK), *setting, seed) for setting in settings for seed in (5, 6)]
 
 
-@pytest.mark.parametrize("muon", [True, False])
-def test_the_rate_is_that_of_hidden_matrices(monkeypatch, muon):
-    seen = {}
-
-    def watched(model, *_, optimizer, **__):
-        seen["groups"] = optimizer.param_groups
-        return History()
-
-    monkeypatch.setattr(experiment, "fit", watched)
-    train(tiny(), direct(QUICK), seed=0, steps=1, batch=1, learning_rate=0.5, muon=muon)
-    hidden, other = seen["groups"]
-    assert (hidden["lr"], hidden["muon"], other["muon"]) == (0.5, muon, False)
-    assert other["lr"] == experiment.OUTER_RATE
-    assert all(p.dim() > 1 for p in hidden["params"])
-
-
 def test_stages_to_digits_anywhere():
     target = small_target()
     grid, any_pixel = anywhere(target)
@@ -1295,6 +1506,7 @@ def test_resolution_is_compared_at_equal_steps(monkeypatch):
     seen, tested = [], []
 
     def watched(config, stages, **options):
+        assert stages == curriculum(PLAIN_TASK)
         seen.append(options)
         return kimi_vl(config).eval(), len(seen)
 
@@ -1305,7 +1517,7 @@ def test_resolution_is_compared_at_equal_steps(monkeypatch):
         return float(len(tested))
 
     monkeypatch.setattr(experiment, "share_right", share)
-    test = replace(PLAIN_TASK, glyphs=glyphs(False))
+    test = held_out(PLAIN_TASK, numbered(8))
     sizes = [(12, 30), (50, 12)]
     found, models = compare_resolution(
         PLAIN_TASK, test, tiny(), (3, 4), sizes, steps=5, batch=6, n=7
@@ -1322,6 +1534,43 @@ def test_resolution_is_compared_at_equal_steps(monkeypatch):
     grids = [{one.prompt[1].grid for one in drawn} for drawn in tested]
     assert grids[1] == {(4, 8)} and grids[2] == {(14, 4)}
     assert all(g == {(side // 4, side // 4)} for g in grids[3:6])
+    # digits of the test alone, which are dark; and drawn by another seed than the training's
+    assert all(one.prompt[1].patches.max() < 30 / 127.5 - 1 for drawn in tested for one in drawn)
+    wide, high = (replace(test, heights=(h, h), widths=(w, w)) for h, w in sizes)
+    kinds = [(test, 1), (wide, 2), (high, 2)] * 2
+    for drawn, (task, more), seed in zip(tested, kinds * 2, [3] * 6 + [4] * 6, strict=True):
+        want = samples(task, tiny().vision, 7, seed=seed + more)
+        assert [one.answer for one in drawn] == [one.answer for one in want]
+
+
+def test_dots_stand_by_their_names():
+    ways, sizes = Figure().subplots(), Figure().subplots()
+
+    def dots(ax):
+        return [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
+
+    draw_ways(ways, {"a": [0.1, 0.2], "b": [0.5]})
+    assert dots(ways) == [([0.1, 0.2], [0, 0]), ([0.5], [1])]
+    assert [text.get_text() for text in ways.get_yticklabels()] == ["a", "b"]
+    native, square = {"1 x 2": [0.3], "3 x 4": [0.4, 0.5]}, {"1 x 2": [0.1], "3 x 4": [0.6]}
+    draw_sizes(sizes, {"native": native, "square": square})
+    want = [([0], [0.3]), ([1, 1], [0.4, 0.5]), ([0.2], [0.1]), ([1.2], [0.6])]
+    assert dots(sizes) == want
+    assert [text.get_text() for text in sizes.get_xticklabels()] == ["1 x 2", "3 x 4"]
+    assert [text.get_text() for text in sizes.get_legend().get_texts()] == ["native", "square"]
+
+
+def test_gallery_says_what_was_read_and_what_was_right(monkeypatch):
+    monkeypatch.setattr(experiment, "read", lambda model, canvas, question: "7")
+    figure = Figure()
+    draw_gallery(figure, kimi_vl(tiny()), QUICK, 3)
+    generator = Random(3)
+    for ax in figure.axes:
+        canvas, _, answer = QUICK.draw(generator)
+        assert np.array_equal(ax.images[0].get_array(), canvas)
+        assert ax.get_title() == ("7" if answer == "7" else f"7, not {answer}")
+    titles = [ax.get_title() for ax in figure.axes]
+    assert len(titles) == 12 and "7" in titles and len(set(titles)) > 3
 
 
 def test_small_target_is_two_digits_on_a_patch_grid():
@@ -1337,23 +1586,34 @@ def test_full_scale_uses_its_budget(monkeypatch, fake_mnist):
 
     fake_mnist(reading)
     sizes = dict(BUDGETS["long"]) | dict(
-        seeds=2, steps=1, batch=2, mnist_steps=1, mnist_batch=2, width=32, layers=1, n=3,
-        rates={"Muon": (0.01, 0.02), "AdamW": (0.003,)}, reader_steps=2,
+        seeds=2, steps=1, batch=2, mnist_steps=2, mnist_batch=1, width=32, layers=1, n=3,
+        rates={"Muon": (0.01, 0.02), "AdamW": (0.003,)}, reader_steps=3,
     )  # fmt: skip
-    seen = []
-    real = experiment.train
+    seen, tested, trained, shown = [], [], [], []
+    real, real_samples, draw = experiment.train, experiment.samples, experiment.draw_gallery
 
     def watched(config, stages, **options):
         seen.append((config, stages[-1].task, options))
-        return real(config, stages, **options)
+        trained.append(real(config, stages, **options))
+        return trained[-1]
+
+    def watched_samples(task, *args, **options):
+        tested.append((task, args[1]))
+        return real_samples(task, *args, **options)
+
+    def watched_draw(figure, model, task, seed):
+        shown.append((model, task))
+        draw(figure, model, task, seed)
 
     monkeypatch.setattr(experiment, "train", watched)
+    monkeypatch.setattr(experiment, "samples", watched_samples)
+    monkeypatch.setattr(experiment, "draw_gallery", watched_draw)
     results, pictures = full_scale(torch.device("cpu"), seed=5, **sizes)
     assert set(results["ways"]) == set(WAYS)
     assert all(len(values) == 2 for values in results["ways"].values())
     assert len(pictures) == 4
-    budget = [options.pop("steps") for _, _, options in seen]
-    assert budget == [1] * 11 + [2] + [1] * 4  # rates, ways, reader, MNIST
+    budget = [(options["steps"], options["batch"]) for _, _, options in seen]
+    assert budget == [(1, 2)] * 11 + [(3, 2)] + [(2, 1)] * 4  # rates, ways, reader, MNIST
     seeds = [options["seed"] for _, _, options in seen]
     assert seeds == [7] * 3 + [5] * 4 + [6] * 4 + [5] + [5, 5, 6, 6]
     rates = {optimizer: max(found, key=found.get) for optimizer, found in results["rates"].items()}
@@ -1364,7 +1624,17 @@ def test_full_scale_uses_its_budget(monkeypatch, fake_mnist):
     assert set(results["reader"]) == {"anywhere", "on the grid"}
     for config, task, _ in seen[12:]:
         assert config.vision.patch == 14 and config.vision.width == 32
+        assert config.vision.layers == config.language.layers == 1
         assert task.glyphs.side == 28 and task.step == 1 and task.digits == (1, 2)
+        assert task.room == 14
+    # digits that no training has seen
+    assert [len(task.glyphs.labels) for task, _ in tested] == [1797 - TRAINING] * 13 + [397] * 24
+    assert {len(task.glyphs.labels) for _, task, _ in seen[12:]} == {1400}
+    assert {n for _, n in tested} == {3}
+    assert [(model, len(task.glyphs.labels), task.step) for model, task in shown] == [
+        (trained[11][0], 1797 - TRAINING, 1),
+        (trained[-2][0], 397, 1),
+    ]
     assert set(results["by size"]["native"]) == {
         "112 x 112",
         "42 x 112",

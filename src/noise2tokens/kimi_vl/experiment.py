@@ -100,10 +100,11 @@ def train(
         device: Where; a CPU if not given.
 
     Raises:
-        ValueError: If the shares do not add up to 1.
+        ValueError: If a share is negative, or they do not add up to 1.
     """
-    if abs(sum(stage.share for stage in stages) - 1) > 1e-9:
-        raise ValueError(f"shares must add up to 1, got {[stage.share for stage in stages]}")
+    shares = [stage.share for stage in stages]
+    if abs(sum(shares) - 1) > 1e-9 or min(shares) < 0:
+        raise ValueError(f"shares must be 0 or more and add up to 1, got {shares}")
     seed_everything(seed)
     model = kimi_vl(config, balancing=Balancing(speed=0.01)).to(device or torch.device("cpu"))
     generator, done = Random(seed), 0
@@ -163,7 +164,12 @@ def right(model: KimiVL, drawn: Sequence[Sample], batch: int = 100) -> Bool[Tens
 
     One pass instead of a generation: the likeliest token is the right one at every place of the right answer, its end
     included, exactly if greedy generation gives that answer.
+
+    Raises:
+        ValueError: If there is no sample.
     """
+    if not drawn:
+        raise ValueError("need one sample or more")
     found = []
     for first in range(0, len(drawn), batch):
         part = collated(model, drawn[first : first + batch])

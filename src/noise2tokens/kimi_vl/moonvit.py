@@ -271,7 +271,8 @@ class MoonViT(nn.Module):
         """Encode packed pictures.
 
         Args:
-            patches: Of all pictures, one after the other, each row by row; numbers in the order (channel, y, x).
+            patches: Of all pictures, one after the other, each row by row; numbers in the order (channel, y, x). They
+                are brought to the type of the weights.
             grids: Rows and columns of each picture.
 
         Raises:
@@ -286,6 +287,7 @@ class MoonViT(nn.Module):
         if patches.shape[1] != self.embedding.in_features:
             got = f"{self.embedding.in_features} numbers in a patch, got {patches.shape[1]}"
             raise ValueError(f"need {got}")
+        patches = patches.to(self.embedding.weight.dtype)
         x_TD = self.embedding(patches) + self.learned_positions(grids)
         at_least_single = torch.promote_types(x_TD.dtype, torch.float32)
         turns = rotary_2d(positions_in(grids, x_TD.device), config.head_dim, config.rope_base)

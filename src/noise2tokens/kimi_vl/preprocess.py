@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from noise2tokens.kimi_vl.moonvit import MOONVIT, Grid, VisionConfig
@@ -116,7 +116,7 @@ def preprocess(
         crop: Cut off in place of filling up.
 
     Raises:
-        TypeError: If it is no picture, or not of uint8.
+        TypeError: If it is no picture, or not of 8 bits a channel.
         ValueError: If its shape is none of a picture, or `grid_of` refuses it.
     """
     pixels = as_pixels(picture, config.channels)
@@ -139,9 +139,9 @@ def as_pixels(picture: Any, channels: int) -> np.ndarray:
     """Return a picture of any kind as a uint8 array (height, width, channels); errors as for `preprocess`."""
     if isinstance(picture, str | Path):
         with Image.open(picture) as file:
-            picture = file.convert("RGB")
+            picture = _upright(file)
     elif isinstance(picture, Image.Image):
-        picture = picture.convert("RGB")
+        picture = _upright(picture)
     elif not isinstance(picture, np.ndarray | Tensor):
         raise TypeError(f"need an array, a PIL picture or a path, got {type(picture).__name__}")
     pixels = np.asarray(picture)
@@ -159,6 +159,13 @@ def as_pixels(picture: Any, channels: int) -> np.ndarray:
     if channels == 3:
         return pixels.repeat(3, 2)
     return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a photograph as its camera notes (EXIF), and bring it to 8 bits of red, green and blue."""
+    if image.mode[0] in "IF":  # I, I;16 and F, which `convert` would cut off at 255
+        raise TypeError(f"need 8 bits a channel, got a picture of mode {image.mode}")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def shrink(
