@@ -25,6 +25,8 @@ from noise2tokens.flash_attention.tiled import (
     tile_spans,
     tiled_forward,
 )
+from noise2tokens.fp8.codec import E4M3, E5M2, E5M6, Format, decode, encode
+from noise2tokens.fp8.linear import cast
 from noise2tokens.kimi_vl.moonvit import MOONVIT
 from noise2tokens.kimi_vl.preprocess import grid_of, resized, tokens
 from noise2tokens.labs import TEMPLATES, lab, lab_page
@@ -640,3 +642,224 @@ def test_the_sight_lab_refuses_what_the_package_refuses(browser):
             assert max(grid_of(14, width, MOONVIT, 4096)) < 512
         assert refused == (width > 7140)
     page.close()
+
+
+# Round a number
+
+FORMATS = {"E4M3": E4M3, "E5M2": E5M2, "bfloat16": Format(8, 7)}
+TYPES = {
+    "E4M3": (torch.float8_e4m3fn, torch.uint8),
+    "E5M2": (torch.float8_e5m2, torch.uint8),
+    "bfloat16": (torch.bfloat16, torch.int16),
+}
+FP8_DATA = dict(
+    formats={name: [f.exponent_bits, f.mantissa_bits, f.ieee] for name, f in FORMATS.items()},
+    start=dict(format="E4M3", x=0.3952, scale=0),
+)
+
+
+def finite_numbers(format: Format) -> torch.Tensor:
+    """All numbers of a format from the least to the largest, zero once."""
+    numbers = decode(torch.arange(2**format.bits), format)
+    return numbers[numbers.isfinite()].unique()
+
+
+def hard_numbers(format: Format) -> torch.Tensor:
+    """Numbers of float32: halves, what is next to them, all magnitudes, zeros, and what is too large."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = finite_numbers(format)
+    numbers = numbers[numbers > 0]
+    some = torch.randperm(len(numbers) - 40, generator=generator)[:60] + 20
+    at = torch.cat([torch.arange(20), some.sort().values, len(numbers) - 20 + torch.arange(20)])
+    halves = ((numbers[at[:-1]] + numbers[at[:-1] + 1]) / 2).float()
+    numbers = numbers[at]
+    half = torch.tensor([format.smallest / 2, format.smallest / 4])
+    low, high = math.log2(format.smallest) - 4, math.log2(format.largest) + 4
+    spread = torch.exp2(low + (high - low) * torch.rand(100, generator=generator).double())
+    above = format.largest * torch.tensor([1.0001, 1.003, 1.03, 1.04, 2, 1e6]).double()
+    x = torch.cat([numbers.float(), halves, half, spread.float(), above.float(), torch.zeros(1)])
+    around = [torch.nextafter(x, torch.tensor(end)) for end in (-math.inf, math.inf)]
+    x = torch.cat([x, *around])
+    x = x[x.isfinite()]
+    return torch.cat([x, -x])
+
+
+@pytest.fixture(scope="module")
+def number_page(browser):
+    """One page for all numbers: opening it takes longer than a number."""
+    figure = lab_page("fp8_lab", FP8_DATA, alt="Bits of a number.")
+    page, problems, _ = moved(browser, figure, {})
+    yield page
+    page.close()
+    assert problems == []
+
+
+@needs_browser
+@pytest.mark.browser
+@pytest.mark.parametrize("name", [*FORMATS, "E5M6"])
+@pytest.mark.parametrize("power", [0, -14, 10])
+def test_the_fp8_lab_rounds_as_the_package_and_pytorch_do(number_page, name, power):
+    format = {**FORMATS, "E5M6": E5M6}[name]
+    source = (TEMPLATES / "fp8_lab.js").read_text()
+    module = "data:text/javascript;base64," + base64.b64encode(source.encode()).decode()
+    scaled, sigma = hard_numbers(format), 2.0**power
+    x = scaled.double() * sigma
+    rows = number_page.evaluate(
+        """async ([m, xs, sigma, format]) => {
+          const { read } = await import(m);
+          return xs.map((x) => (({ number, ...rest }) => rest)(read(x, sigma, format)));
+        }""",
+        [module, x.tolist(), sigma, [format.exponent_bits, format.mantissa_bits, format.ieee]],
+    )
+    assert len(rows) >= 300
+
+    def column(key):
+        return torch.tensor([row[key] for row in rows], dtype=torch.float64)
+
+    codes = encode(scaled, format)
+    assert torch.equal(column("code").long(), codes)
+    assert torch.equal(column("value"), decode(codes, format))
+    assert torch.equal(column("rounded"), decode(codes, format) * sigma)
+    if name in TYPES:
+        dtype, integer = TYPES[name]
+        theirs = scaled.clamp(-format.largest, format.largest).to(dtype)
+        assert torch.equal(theirs.view(integer).long() % 2**format.bits, codes)
+    if name == "E4M3":
+        assert torch.equal(column("rounded"), cast(x.float(), 1 / sigma).double())
+    bits = [f"{code:0{format.bits}b}" for code in codes.tolist()]
+    end = 1 + format.exponent_bits
+    parts = [(int(b[0]), int(b[1:end], 2), int(b[end:], 2)) for b in bits]
+    assert [(row["s"], row["e"], row["m"]) for row in rows] == parts
+    numbers = finite_numbers(format)
+    at = torch.searchsorted(numbers, scaled.double())
+    after = torch.searchsorted(numbers, scaled.double(), right=True)
+    padded = [None, *(numbers * sigma).tolist(), None]
+    pairs = [
+        [None if row[k] is None else float(row[k]) for k in ("below", "above")] for row in rows
+    ]
+    after = (after + 1).tolist()
+    assert pairs == [[padded[i], padded[j]] for i, j in zip(at.tolist(), after, strict=True)]
+    error = ((column("rounded") - x) / x).abs().nan_to_num(0)
+    torch.testing.assert_close(column("error"), error, rtol=1e-12, atol=0)
+    size = scaled.double().abs()
+    zero, lost = size == 0, (size > 0) & (size <= format.smallest / 2)
+    large = size > format.largest
+    small = (decode(codes, format).abs() < format.smallest_normal) & ~zero & ~lost
+    kinds = {"zero": zero, "lost": lost, "saturates": large, "subnormal": small}
+    kinds["normal"] = ~(zero | lost | large | small)
+    for kind, here in kinds.items():
+        assert here.any() and [row["kind"] == kind for row in rows] == here.tolist(), kind
+    means = [math.nan if b is None or a is None else (b + a) / 2 for b, a in pairs]
+    middle = (torch.tensor(means, dtype=torch.float64) == x) & (decode(codes, format) != scaled)
+    assert middle.sum() >= 200 and [row["tie"] for row in rows] == middle.tolist()
+    gap = torch.tensor([0.0 if a is None or b is None else a - b for b, a in pairs]).double()
+    inside = (gap > 0) & (decode(codes, format) != scaled)
+    assert ((column("rounded") - x).abs()[inside] <= gap[inside] / 2).all()
+
+
+def set_number(page, text: str, format: str, power: int) -> dict:
+    page.get_by_role("radio", name=format, exact=True).first.check()
+    page.get_by_role("slider", name="scale").first.fill(str(power))
+    page.get_by_role("textbox", name="x").first.fill(text)
+    return page.evaluate("document.querySelector('.n2t-lab').state")
+
+
+def shown_number(text: str) -> float | None:
+    return None if text == "none" else float(text.replace("−", "-"))
+
+
+@needs_browser
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "text, format, power, says",
+    [
+        ("0.3952", "E4M3", 0, ["Normal", "0.03125"]),
+        ("1.0625", "E4M3", 0, ["Normal", "even mantissa"]),
+        ("2", "E5M2", 4, ["one of them"]),
+        ("−0.004", "E4M3", 0, ["Subnormal", "0.015625"]),
+        ("3e-5", "E4M3", 0, ["Lost", "becomes zero"]),
+        ("3e-5", "E5M2", 0, ["Subnormal"]),
+        ("3e-5", "E4M3", -14, ["Normal"]),
+        ("1", "E4M3", 10, ["Lost"]),
+        ("1", "E4M3", 6, ["Normal"]),
+        ("-1000", "E4M3", 0, ["Too large", "448"]),
+        ("1e9", "E5M2", 1, ["Too large", "114688"]),
+        ("0", "E5M2", 0, ["Zero"]),
+        ("1.003", "bfloat16", 0, ["Normal"]),
+        ("1e-50", "bfloat16", 0, ["Lost"]),
+    ],
+)
+def test_the_fp8_lab_draws_and_says_what_it_computes(number_page, text, format, power, says):
+    page = number_page
+    state = set_number(page, text, format, power)
+    kind, sigma, x = FORMATS[format], 2.0**power, float(text.replace("−", "-"))
+    assert (state["format"], state["scale"], state["x"]) == (format, power, x)
+    groups = page.locator(".n2t-bits > div").all()
+    digits = ["".join(group.locator("b").all_inner_texts()) for group in groups]
+    assert "".join(digits) == f"{encode(torch.tensor([x / sigma]), kind).item():0{kind.bits}b}"
+    assert [len(part) for part in digits] == [1, kind.exponent_bits, kind.mantissa_bits]
+    read = [group.inner_text().split("=")[1] for group in groups]
+    assert [int(value) for value in read] == [int(part, 2) for part in digits]
+    formula = page.locator(".n2t-formula").inner_html().split("stored as")[1]
+    formula = formula.replace("<sup>", "**(").replace("</sup>", ")").replace("&nbsp;", "")
+    formula = re.sub(r"</?i[^>]*>", "", formula).replace("−", "-").replace("·", "*")
+    left, right = formula.split("=")
+    assert eval(left) == state["value"] == pytest.approx(float(right), rel=1e-5)
+    cells = page.locator(".n2t-fp8 td").all_inner_texts()
+    for cell, value in zip(cells, ("below", "rounded", "above"), strict=False):
+        value = state[value]
+        assert shown_number(cell) == (None if value is None else pytest.approx(value, rel=1e-5))
+    assert float(cells[3].removesuffix(" %")) == pytest.approx(100 * state["error"], rel=5e-3)
+    words = page.locator(".n2t-fp8 [aria-live]").inner_text()
+    assert all(part in words for part in says)
+    if format != "bfloat16":
+        drawn = sorted(ticks(page, ".n2t-axis line:not(.n2t-x)[y2='26']"))
+        numbers = (finite_numbers(kind) * sigma).log2()
+        places = 100 * (numbers + 26) / 48
+        assert drawn == pytest.approx([v for v in places.tolist() if 0 < v < 100], abs=1e-6)
+    here, gap = state["rounded"], state["gap"]
+    near = ((finite_numbers(kind) * sigma - here) / gap / 9 + 0.5) * 100
+    near = near[(near > 0) & (near < 100)].tolist()
+    assert sorted(ticks(page, ".n2t-near line[y2='50']:not(.n2t-x):not([x1='0'])")) == (
+        pytest.approx(near, abs=1e-6)
+    )
+    off = 100 * ((x - here) / gap / 9 + 0.5)
+    assert ticks(page, ".n2t-near .n2t-x") == (
+        [pytest.approx(off, abs=1e-6)] if 0 < off < 100 else []
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def ticks(page, selector: str) -> list[float]:
+    return page.evaluate(
+        "s => [...document.querySelectorAll(s)].map((e) => parseFloat(e.getAttribute('x1')))",
+        selector,
+    )
+
+
+@needs_browser
+@pytest.mark.browser
+def test_the_fp8_lab_works_from_the_keyboard_and_refuses_what_is_no_number(browser):
+    figure = lab_page("fp8_lab", FP8_DATA, alt="Bits of a number.")
+    page, problems, start = moved(browser, figure + figure, {})
+    state = "document.querySelectorAll('.n2t-lab')[{}].state"
+    size = page.get_by_role("slider", name="size of x").first
+    field = page.get_by_role("textbox", name="x").first
+    for text in ("abc", "", "1e999", "--1"):
+        field.fill(text)
+        assert field.get_attribute("aria-invalid") == "true"
+        assert "Type a number" in page.locator(".n2t-fp8 [aria-live]").first.inner_text()
+        assert page.evaluate(state.format(0)) == start
+    field.fill("-0.4")
+    assert field.get_attribute("aria-invalid") == "false"
+    size.press("Home")  # the sign stays
+    assert page.evaluate(state.format(0))["x"] == -(2.0**-26) == float(field.input_value())
+    assert page.evaluate(state.format(0))["kind"] == "lost"
+    size.press("End")
+    assert page.evaluate(state.format(0))["kind"] == "saturates"
+    page.get_by_role("radio", name="E4M3").first.press("ArrowRight")
+    assert page.evaluate(state.format(0))["format"] == "E5M2"
+    page.get_by_role("slider", name="scale").first.press("ArrowLeft")
+    assert page.evaluate(state.format(0))["scale"] == -1
+    assert page.evaluate(state.format(1)) == start
+    fits_and_is_accessible(page, problems)

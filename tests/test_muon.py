@@ -30,7 +30,9 @@ from noise2tokens.muon.orthogonalize import (
     reach,
     trapping_interval,
 )
+from noise2tokens.scaling_laws.fits import fit_power_law
 from noise2tokens.scaling_laws.flops import PowerLaw
+from noise2tokens.text import windows
 from noise2tokens.transformer import Config, Decoder, next_token_loss
 
 SHAPES = [(4, 4), (3, 7), (7, 3), (1, 5), (5, 1), (1, 1), (24, 16)]
@@ -73,6 +75,15 @@ def test_polar_leaves_zero_singular_values_zero():
     s = torch.linalg.svdvals(polar(g))
     assert torch.allclose(s, torch.tensor([1.0, 1, 0, 0, 0], dtype=torch.float64), atol=1e-12)
     assert torch.equal(polar(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+def test_polar_keeps_what_is_small_but_no_rounding():
+    """Each matrix of a batch by its own size, and down to the rounding of its own precision."""
+    q, r = rotation(4, 1), rotation(4, 2)
+    g = q @ torch.diag(matrix(4).abs() * torch.tensor([1, 1, 1, 1e-10], dtype=torch.float64)) @ r
+    assert torch.allclose(polar(g), q @ r, atol=1e-5)
+    batch = torch.stack([g, 1e-40 * g, 1e40 * g])
+    assert torch.allclose(polar(batch), (q @ r).expand(3, 4, 4), atol=1e-5)
 
 
 @each_shape
@@ -171,22 +182,40 @@ def test_interval_and_reach():
         lambda: newton_schulz(torch.ones(0, 3)),
         lambda: newton_schulz(torch.ones(3, 3), -1),
         lambda: polar(torch.ones(3)),
+        lambda: newton_schulz(torch.ones(3, 3, dtype=torch.complex64)),
+        lambda: polar(torch.ones(3, 3, dtype=torch.int64)),
         lambda: reach(-1),
         lambda: trapping_interval((1.0, 1.0, 1.0)),
         lambda: trapping_interval((6.0, -8.0, 3.0)),
         lambda: trapping_interval(CLASSICAL),
+        lambda: trapping_interval((3.4445, 4 * -4.7750, 16 * 2.0315)),  # around one half
         lambda: Muon([nn.Parameter(torch.ones(3))]),
         lambda: Muon([nn.Parameter(torch.ones(2, 2, 3, 3))]),
         lambda: Muon([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))]),
         lambda: Muon([nn.Parameter(torch.ones(2, 2))], lr=-1.0),
+        lambda: Muon([nn.Parameter(torch.ones(2, 2))], lr=math.inf),
+        lambda: Muon([nn.Parameter(torch.ones(2, 2))], eps=-1.0),
         lambda: Muon([nn.Parameter(torch.ones(2, 2))], momentum=1.0),
+        lambda: Muon([nn.Parameter(torch.ones(2, 2))], momentum=-0.1),
+        lambda: Muon([nn.Parameter(torch.ones(2, 2))], betas=(1.0, 0.9)),
         lambda: Muon([nn.Parameter(torch.ones(2, 2))], betas=(0.9, 1.0)),
         lambda: Muon([nn.Parameter(torch.ones(2, 2))], weight_decay=math.nan),
         lambda: split_parameters(nn.Sequential()),
+        lambda: split_parameters(nn.Linear(2, 2), "head"),
         lambda: cost.newton_schulz_flops(0, 2),
+        lambda: cost.newton_schulz_flops(2, 0),
         lambda: cost.newton_schulz_flops(2, 2, -1),
         lambda: cost.overhead(2, 2, 0),
         lambda: experiment.equal_loss_ratio(PowerLaw(1, 0.1), PowerLaw(1, -0.1), 1),
+        lambda: experiment.equal_loss_ratio(PowerLaw(1, -0.1), PowerLaw(1, 0.1), 1),
+        lambda: experiment.updates([]),
+        lambda: experiment.ratio_band(
+            {"AdamW": [1.0, 2.0], "Muon": [1.0, 2.0]},
+            {"AdamW": [[2.0], [1.0]], "Muon": [[2.0], [1.0]]},
+            1.0,
+            5,
+            0,
+        ),
         lambda: experiment.train_one(
             "SGD",
             (1.0, 1.0),
@@ -205,6 +234,12 @@ def test_bad_input_is_refused(call):
 
 
 # The optimizer
+
+
+def test_numbers_left_out_are_moonlights():
+    found = Muon([nn.Parameter(torch.ones(2, 2))]).defaults
+    assert (found["momentum"], found["nesterov"], found["weight_decay"]) == (0.95, True, 0.1)
+    assert (found["lr"], found["betas"], found["eps"]) == (1e-3, (0.9, 0.95), 1e-8)
 
 
 def gradients(shapes, steps, dtype=torch.float64, seed=0):
@@ -348,13 +383,23 @@ Muon_ = partial(Muon, lr=0.05)
 
 def test_batched_and_one_by_one_agree():
     shapes = [(4, 6), (6, 4), (4, 6), (3, 4, 6), (5, 5), (3, 4, 6)]
-    for a, b in zip(
-        run(partial(Muon_, batched=True), shapes, 5),
-        run(partial(Muon_, batched=False), shapes, 5),
-        strict=True,
-    ):
-        assert torch.allclose(a, b, atol=1e-12)
+    for orthogonalize in (newton_schulz, polar):
+        make = partial(Muon_, orthogonalize=orthogonalize)
+        together_, alone = (run(partial(make, batched=x), shapes, 5) for x in (True, False))
+        for a, b in zip(together_, alone, strict=True):
+            assert torch.allclose(a, b, atol=1e-12)
     assert together(newton_schulz, []) == []
+    mixed = [matrix(3, 4, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    assert [x.dtype for x in together(newton_schulz, mixed)] == [torch.float32, torch.float64]
+    calls = []
+    optimizer = Muon_(
+        [nn.Parameter(x) for x in matrix(3, 4, 6)],
+        orthogonalize=lambda x: calls.append(x.shape) or x,
+    )
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones(4, 6, dtype=torch.float64)
+    optimizer.step()
+    assert calls == [(3, 4, 6)]
 
 
 def test_stacked_experts_are_as_many_matrices():
@@ -454,6 +499,11 @@ def test_who_gets_muon():
     tied = Decoder(Config(11, 8, 1, 2, tie_embeddings=True))
     assert "embedding.weight" in names_of(tied, split_parameters(tied)[1])
     assert [group["muon"] for group in split_parameters(nn.LayerNorm(3))] == [False]
+    nested = nn.ModuleDict(
+        {"overhead": nn.Linear(2, 2, False), "head": nn.Sequential(nn.Linear(2, 2))}
+    )
+    hidden, _ = split_parameters(nn.ModuleDict({"inner": nested}))  # names of modules, whole
+    assert names_of(nn.ModuleDict({"inner": nested}), hidden) == {"inner.overhead.weight"}
 
 
 def test_experts_and_router_get_muon_and_train():
@@ -490,6 +540,7 @@ def test_flops_are_those_of_pytorchs_counter(shape):
         counter.get_total_flops() / training.get_total_flops()
     )
     assert cost.step_flops([shape, (3, *shape)], 3) == 4 * counter.get_total_flops()
+    assert cost.step_flops([(2, 3, *shape)], 3) == 6 * counter.get_total_flops()
 
 
 # The experiment
@@ -568,6 +619,10 @@ def test_budgets():
     scale = experiment.scale_of(experiment.sizes(18, 2))
     spent = budget["steps"] * budget["batch_size"] * experiment.LENGTH * scale
     assert spent == pytest.approx(5e10, rel=0.005)
+    for compute in (1e10, 1.1e10, 1.2e10, 1.3e10):  # the nearest number of steps
+        one = experiment.budget_of(compute, 18, 2)
+        a_step = one["batch_size"] * experiment.LENGTH * scale
+        assert abs(one["steps"] * a_step - compute) <= a_step / 2
     assert experiment.budget_of(5e10, 18, 2, 4)["batch_size"] == pytest.approx(
         4 * budget["batch_size"], abs=2
     )
@@ -648,6 +703,11 @@ def test_a_training_that_diverges_is_told(text, monkeypatch):
     def explode(*_, **__):
         raise FloatingPointError
 
+    # In the last step, of which no training loss tells; and before the loss of the next one.
+    at_once, soon = TINY | {"steps": 1}, TINY | {"steps": 5}
+    assert experiment.train_one("AdamW", (0.01, 1e38), text, seed=0, **at_once) == math.inf
+    way = "Muon, exact polar factor"
+    assert experiment.train_one(way, (1e30, 1e30), text, seed=0, **soon) == math.inf
     monkeypatch.setattr(experiment, "fit", explode)
     assert experiment.train_one("Muon", (1.0, 1.0), text, seed=0, **TINY) == math.inf
     losses = {(1, 1): [math.inf, 1.0], (2, 1): [2.0, 2.0], (3, 1): [3.0, 4.0]}
@@ -662,6 +722,163 @@ SLICE = dict(
     rates={"AdamW": (0.005, 0.01, 0.02), "Muon": (0.01, 0.02)}, batches=(1.0, 3.0),
     outer_rates=(0.02, 0.03), tuning_seeds=1, held_out=4, resamples=20,
 )  # fmt: skip
+
+
+def test_a_training_has_the_schedule_the_budget_and_the_rates(text, monkeypatch):
+    seen, kept = {}, {}
+    monkeypatch.setattr(experiment, "fit", lambda model, *_, **rest: seen.update(rest, model=model))
+    experiment.train_one("Muon", (0.01, 0.02), text, seed=0, keep=kept, **TINY)
+    assert (seen["warmup"], seen["steps"], seen["batch_size"]) == (0.1, 3, 2)
+    assert [group["lr"] for group in seen["optimizer"].param_groups] == [0.01, 0.02]
+    assert kept == {"Muon": seen["model"]}
+
+
+def test_ways_orthogonalize_as_they_are_called():
+    model = Decoder(experiment.sizes(8, 1))
+    for way, orthogonalize in (
+        ("Muon", newton_schulz),
+        ("Muon, exact polar factor", polar),
+        ("momentum of Muon's size", experiment.normalized),
+    ):
+        assert experiment.WAYS[way](model, 0.01, 0.02).orthogonalize is orthogonalize
+    for way, embedding in (("Muon, head too", False), ("Muon, embedding and head too", True)):
+        muon = experiment.WAYS[way](model, 0.01, 0.02).param_groups[0]
+        assert {"head.weight"} <= names_of(model, muon)
+        assert ("embedding.weight" in names_of(model, muon)) == embedding
+    assert torch.equal(experiment.normalized(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_gradients_are_those_of_random_windows(text):
+    torch.manual_seed(0)
+    model = Decoder(experiment.sizes(8, 1))
+    found = experiment.gradients(model, text, 2, 3, seed=5)
+    draw = windows(text.train, experiment.LENGTH, torch.Generator().manual_seed(5))
+    for grads in found:
+        model.zero_grad()
+        tokens, targets = draw(3)
+        next_token_loss(model(tokens), targets).backward()
+        for name, grad in grads.items():
+            assert torch.allclose(grad, model.blocks.get_parameter(name).grad, atol=1e-7)
+    steps = experiment.updates(found, polar)
+    for name, grad in found[0].items():
+        direction = found[1][name] + 0.95 * (0.95 * grad + found[1][name])
+        assert torch.allclose(steps["momentum"][name], direction, atol=1e-6)
+        assert torch.equal(steps["Muon"][name], matched(polar(steps["momentum"][name])))
+
+
+def test_draws_of_a_band_by_hand():
+    """Means, moved by the standard deviation, pooled over budgets, over the root of the number of seeds."""
+    losses = {
+        "AdamW": [[3.0, 3.1], [2.8, 2.82], [2.5, 2.7]],
+        "Muon": [[2.9, 2.9], [2.6, 2.7], [2.4, 2.5]],
+    }
+    compute = {way: [1.0, 2.0, 8.0] for way in losses}
+    generator = np.random.default_rng(7)
+
+    def ratio(share):
+        laws = {}
+        for way, of_way in losses.items():
+            pooled = math.sqrt(sum((a - b) ** 2 / 2 for a, b in of_way) / 3)
+            noise = share * pooled / math.sqrt(2) * generator.standard_normal(3)
+            laws[way] = fit_power_law(compute[way], np.mean(of_way, 1) + noise)
+        return experiment.equal_loss_ratio(laws["Muon"], laws["AdamW"], 4.0)
+
+    still, moved = ratio(0), sorted(ratio(1) for _ in range(21))
+    band = experiment.ratio_band(compute, losses, 4.0, 21, 7)
+    found = [band["ratio"], band["low"], band["high"]]
+    assert found == pytest.approx([still, moved[2], moved[18]], rel=1e-9)
+    of_seeds = experiment.seed_ratios(compute, losses, 4.0)
+    for i, found in enumerate(of_seeds):
+        one = {way: [[x[i]] * 2 for x in of_way] for way, of_way in losses.items()}
+        assert found == pytest.approx(experiment.ratio_band(compute, one, 4.0, 1, 0)["ratio"])
+    assert len(of_seeds) == 2 and of_seeds[0] != pytest.approx(of_seeds[1], rel=0.01)
+
+
+def test_a_row_says_what_was_found_at_its_budget():
+    losses = {(1, 9): [1.0, 3.0], (2, 9): [1.5, 1.6]}
+    found = experiment.row(1e7, losses, width=8, layers=2, steps=5, batch_size=3)
+    assert (found["C"], found["width"], found["steps"]) == (1e7, 8, 5)
+    assert found["surcharge"] == experiment.surcharge(8, 2, 3)
+    assert (found["losses"], found["edge"]) == ([1.5, 1.6], "yes")
+
+
+def test_what_the_pictures_show():
+    def lines(draw, *args):
+        figure, ax = experiment.plt.subplots()
+        draw(ax, *args)
+        experiment.plt.close(figure)
+        return [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
+
+    swept = {"Muon": {(2, 9): [2.0, 4.0], (1, 9): [5.0, 6.0]}}
+    dots = [([1, 1], [5, 6]), ([2, 2], [2, 4])]
+    assert lines(experiment.draw_sweep, swept) == [*dots, ([1, 2], [5.5, 3])]
+    spectra = {"Muon": torch.tensor([4.0, 2.0, 1.0])}
+    assert lines(experiment.draw_spectra, spectra) == [([1, 2, 3], [1, 0.5, 0.25])]
+    runs = [{"C": 1.0, "losses": [2.0, 3.0]}, {"C": 4.0, "losses": [1.0, 1.5]}]
+    results = {"runs": {"Muon": runs}, "laws": {"Muon": [2.0, -0.5]}}
+    dots = [([1, 4], [2, 1]), ([1, 4], [3, 1.5])]
+    assert lines(experiment.draw_laws, results) == [*dots, ([1, 4], [2, 1])]
+
+
+def test_full_scale_puts_its_parts_together(monkeypatch):
+    """With a formula in place of the trainings: AdamW is best with small batches, Muon with large ones."""
+    asked = []
+
+    def formula(way, rates, text, *, seed, steps, batch_size, **sizes):
+        asked.append((way, rates, seed, steps, batch_size, len(text.inputs), *sizes.values()))
+        muon = way == "Muon"
+        loss = 3 * (steps * batch_size) ** (-0.1 if muon else -0.09) + 0.001 * seed**2
+        loss += 0.0001 * (-batch_size if muon else batch_size)
+        return loss + 0.01 * abs(rates[0] - 0.02) + 0.01 * abs(rates[1] - 0.03)
+
+    monkeypatch.setattr(experiment, "train_one", formula)
+    rates = {"AdamW": (0.01, 0.02, 0.03), "Muon": (0.02, 0.03)}
+    plan = ((1e8, 8), (2e8, 12))
+    options = SLICE | dict(plan=plan, layers=2, held_out=7, rates=rates)
+    results, pictures = experiment.full_scale(torch.device("cpu"), seed=3, **options)
+    for figure in pictures.values():
+        experiment.plt.close(figure)
+    runs, expected = results["runs"], set()
+    for way, factor in (("AdamW", 1.0), ("Muon", 3.0)):
+        tuning = [((1e8, 8, 2, x), 0.02, [5]) for x in (1.0, 3.0)]
+        tuning += [((1e8, 8, 2, factor), outer, [5]) for outer in (0.02, 0.03)]
+        measured = [((*point, 2, factor), 0.03, [3, 4]) for point in plan]
+        for point, outer, seeds in tuning + measured:
+            b = experiment.budget_of(*point)
+            expected |= {
+                (way, (rate, outer), seed, b["steps"], b["batch_size"], 7, b["width"], 2)
+                for rate in rates[way]
+                for seed in seeds
+            }
+        tuned = results["tuning"][way]
+        assert [set(tuned["batch"]), set(tuned["outer"])] == [{"1", "3"}, {"0.02", "0.03"}]
+        for one, (point, _, _) in zip(runs[way], measured, strict=True):
+            b = experiment.budget_of(*point)
+            assert (one["rates"], one["width"]) == ([0.02, 0.03], b["width"])
+            assert one["edge"] == ("no" if way == "AdamW" else "yes")
+            assert (one["C"], one["steps"]) == (point[0], b["steps"])
+            assert one["surcharge"] == experiment.surcharge(b["width"], 2, b["batch_size"])
+    assert set(asked) == expected
+    losses = {way: [one["losses"] for one in runs[way]] for way in runs}
+    spent = {way: [1e8, 2e8] for way in runs}
+    dearer = spent | {"Muon": [one["C"] * (1 + one["surcharge"]) for one in runs["Muon"]]}
+    for name, compute in (("ratio", spent), ("ratio, all counted", dearer)):
+        band = experiment.ratio_band(compute, losses, 2e8, 20, 3)
+        assert results[name] == band | {"C": 2e8}
+    assert results["ratio of seeds"] == experiment.seed_ratios(spent, losses, 2e8)
+    for way, law in results["laws"].items():
+        assert law == list(fit_power_law(spent[way], [np.mean(x) for x in losses[way]]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(seeds=1), dict(plan=SLICE["plan"][:1]), dict(resamples=0)],
+    ids=str,
+)
+def test_full_scale_refuses_before_it_trains(wrong, monkeypatch):
+    monkeypatch.setattr(experiment, "train_one", None)
+    with pytest.raises(ValueError, match="got"):
+        experiment.full_scale(torch.device("cpu"), seed=0, **SLICE | wrong)
 
 
 def best_row(rows):

@@ -281,7 +281,7 @@ def test_the_keyboard_reaches_what_acts_and_shows_where_it_is(page, name):
 @every_chapter
 def test_animations_play_pause_and_step(page, name):
     players = page.locator("figure.n2t-player")
-    assert players.count() or page.locator("figure.n2t-lab").count() or "14_fp8" in name  # still
+    assert players.count() or page.locator("figure.n2t-lab").count()
     for player in players.all():
         picture, count = player.locator("img"), player.locator("output").first
         last, total = picture.get_attribute("src"), int(count.inner_text().split("/")[1])

@@ -6,6 +6,7 @@ share_right(model, samples(held_out(target), model.vision.config, 400, seed=1))
 read(model, "a_picture.png", digit=40)
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -32,7 +33,7 @@ from noise2tokens.training import History, fit, seed_everything
 from noise2tokens.transformer import next_token_loss
 
 LONGEST = 12  # bytes of an answer
-OUTER_RATE = 1e-2  # of embedding, head, table and vectors, with either optimizer
+Rates = tuple[float, float]  # of hidden matrices; of embedding, head, table and vectors
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def train(
     seed: int,
     steps: int,
     batch: int,
-    learning_rate: float = 1e-2,
+    rates: Rates = (1e-2, 1e-2),
     muon: bool = True,
     square: int | None = None,
     device: torch.device | None = None,
@@ -93,8 +94,7 @@ def train(
         stages: Their shares add up to 1.
         seed: Of weights and samples.
         steps, batch: How many, of how many samples.
-        learning_rate: Of hidden matrices, at its highest; all else has `OUTER_RATE`. Half a cosine falls over all
-            stages.
+        rates: Learning rates at their highest. Half a cosine falls over all stages.
         muon: Whether matrices get Muon's updates, or AdamW's too.
         square: Resize all pictures to a square of this side.
         device: Where; a CPU if not given.
@@ -124,8 +124,7 @@ def train(
             balance(model)
 
     groups = [
-        group
-        | {"muon": group["muon"] and muon, "lr": learning_rate if group["muon"] else OUTER_RATE}
+        group | {"muon": group["muon"] and muon, "lr": rates[0 if group["muon"] else 1]}
         for group in split_parameters(model, ("embedding", "head", "table"))
     ]
     optimizer = Muon(groups, weight_decay=0.01, momentum=0.9)
@@ -271,17 +270,17 @@ def held_out(task: Task, glyphs: Glyphs) -> Task:
     return replace(task, glyphs=glyphs)
 
 
-def equal_square(task: Task, config: VisionConfig, n: int = 2000) -> tuple[int, float]:
-    """Return the side of the smallest square that costs at least as many tokens as the task's pictures on average.
+def equal_squares(task: Task, config: VisionConfig, n: int = 2000) -> tuple[list[int], float]:
+    """Return squares that cost about as many tokens as the task's pictures on average: at most and at least as many.
 
     Returns:
-        The side in pixels, a multiple of patch · merge, and the mean tokens of a picture.
+        Their sides in pixels, multiples of patch · merge, and the mean tokens of a picture.
     """
     block = config.patch * config.merge
     generator = Random(0)
     sides = ((generator.randint(*task.heights), generator.randint(*task.widths)) for _ in range(n))
     mean = fmean(-(-height // block) * -(-width // block) for height, width in sides)
-    return block * int(np.ceil(mean**0.5)), mean
+    return sorted({block * math.floor(mean**0.5), block * math.ceil(mean**0.5)}), mean
 
 
 WAYS = {
@@ -298,7 +297,7 @@ def compare_ways(
     config: Config,
     seeds: Iterable[int],
     *,
-    rates: Mapping[str, float],
+    rates: Mapping[str, Rates],
     steps: int,
     batch: int,
     n: int,
@@ -311,7 +310,7 @@ def compare_ways(
         target, test: What to learn, and the same with held-out digits.
         config: Sizes.
         seeds: One training of each way for each.
-        rates: Learning rate of hidden matrices, by optimizer.
+        rates: Learning rates by optimizer.
         steps, batch: As for `train`.
         n: Samples to test on.
         ways: Which of `WAYS`.
@@ -331,7 +330,7 @@ def compare_ways(
                 steps=steps,
                 batch=batch,
                 muon=optimizer == "Muon",
-                learning_rate=rates[optimizer],
+                rates=rates[optimizer],
                 device=device,
             )
             drawn = samples(test, config.vision, n, seed=seed + 1)
@@ -344,9 +343,9 @@ def tune(
     test: Task,
     config: Config,
     seeds: Sequence[int],
-    rates: Mapping[str, Sequence[float]],
+    rates: Mapping[str, Sequence[Rates]],
     **budget: Any,
-) -> dict[str, dict[float, float]]:
+) -> dict[str, dict[Rates, float]]:
     """Train each optimizer on the target alone at each of its rates; mean exact match of the seeds, by both.
 
     Args:
@@ -354,14 +353,14 @@ def tune(
         rates: To try, by optimizer.
         budget: "steps", "batch", "n" and "device" as for `compare_ways`.
     """
-    found: dict[str, dict[float, float]] = {optimizer: {} for optimizer in rates}
+    found: dict[str, dict[Rates, float]] = {optimizer: {} for optimizer in rates}
     for optimizer, tried in rates.items():
         way = f"{optimizer}, direct"
-        for rate in tried:
+        for pair in tried:
             exact = compare_ways(
-                target, test, config, seeds, rates={optimizer: rate}, ways=[way], **budget
+                target, test, config, seeds, rates={optimizer: pair}, ways=[way], **budget
             )
-            found[optimizer][rate] = fmean(exact[way])
+            found[optimizer][pair] = fmean(exact[way])
     return found
 
 
@@ -382,20 +381,19 @@ def compare_resolution(
     n: int,
     device: torch.device | None = None,
 ) -> tuple[dict[str, Any], dict[str, KimiVL]]:
-    """Train at native resolution and on squares of at least as many tokens, for equally many steps of a curriculum.
+    """Train at native resolution and on squares of about as many tokens, for equally many steps of a curriculum.
 
     Returns:
-        "exact": for "native" and "square", exact match on the target for each seed. "by size": for both, by size, a
-        value for each seed. "tokens": of a picture on average, for both. "side" of the square. And the last models.
+        "exact": for "native" and each square, exact match on the target for each seed. "by size": for each, by size, a
+        value for each seed. "tokens": of a picture on average. And the last models.
     """
-    side, mean = equal_square(target, config.vision)
-    squares = {"native": None, "square": side}
+    sides, mean = equal_squares(target, config.vision)
     block = config.vision.patch * config.vision.merge
+    squares = {"native": None} | {f"square of {(x // block) ** 2} tokens": x for x in sides}
     found: dict[str, Any] = {
         "exact": {name: [] for name in squares},
         "by size": {name: {} for name in squares},
-        "tokens": {"native": mean, "square": (side // block) ** 2},
-        "side": side,
+        "tokens": {name: (x // block) ** 2 if x else mean for name, x in squares.items()},
     }
     models = {}
     for seed in seeds:
@@ -426,18 +424,22 @@ def small_target(train: bool = True) -> Task:
     return Task(glyphs(train), (12, 32), (24, 32), digits=(2, 2), room=4, step=4)
 
 
+RATES = {
+    "Muon": ((0.01, 0.01), (0.03, 0.01), (0.1, 0.01), (0.03, 0.003)),
+    "AdamW": ((0.001, 0.001), (0.001, 0.003), (0.003, 0.003), (0.01, 0.003), (0.003, 0.01)),
+}
 BUDGETS = {
     "long": {
         "seeds": 3,
         "steps": 220,
         "batch": 32,
-        "rates": {"Muon": (3e-3, 1e-2, 3e-2), "AdamW": (1e-3, 3e-3, 1e-2)},
+        "rates": RATES,
         "reader_steps": 1500,
         "digits": (1, 2),
         "heights": (42, 112),
         "widths": (42, 112),
         "widest": 160,
-        "mnist_steps": 1200,
+        "mnist_steps": 800,
         "mnist_batch": 32,
         "width": 64,
         "layers": 2,
@@ -447,7 +449,7 @@ BUDGETS = {
         "seeds": 3,
         "steps": 400,
         "batch": 64,
-        "rates": {"Muon": (3e-3, 1e-2, 3e-2), "AdamW": (1e-3, 3e-3, 1e-2)},
+        "rates": RATES,
         "reader_steps": 6000,
         "digits": (1, 4),
         "heights": (42, 224),
@@ -469,7 +471,7 @@ def full_scale(
     seeds: int,
     steps: int,
     batch: int,
-    rates: Mapping[str, Sequence[float]],
+    rates: Mapping[str, Sequence[Rates]],
     reader_steps: int,
     digits: tuple[int, int],
     heights: tuple[int, int],
@@ -488,7 +490,7 @@ def full_scale(
         seed: Of the first training.
         seeds: Trainings of each kind.
         steps, batch: Of each training on the small target.
-        rates: Learning rates of hidden matrices to choose from, by optimizer: "Muon" and "AdamW".
+        rates: Learning rates to choose from, by optimizer: "Muon" and "AdamW".
         reader_steps: Of one training on the small target's digits at any pixel.
         digits, heights, widths: Of canvases with MNIST's digits.
         widest: Pixels of the longest side to test on, beyond those of the training.
@@ -497,7 +499,7 @@ def full_scale(
         n: Samples of each test.
 
     Returns:
-        "rates": exact match by optimizer and rate, with a seed of its own. "ways": that of each way to train on the
+        "rates": exact match by optimizer and rates, with a seed of its own. "ways": that of each way to train on the
         small target, for each seed, at the best of these rates. "reader": of a long training on digits at any pixel,
         tested there and "on the grid". The rest as `compare_resolution` says of MNIST's digits. Pictures of these.
     """
@@ -509,7 +511,7 @@ def full_scale(
     ways = compare_ways(small, small_test, config, all_seeds, rates=best, **budget)
     results: dict[str, Any] = {
         "rates": {
-            optimizer: {f"{rate:g}": exact for rate, exact in found.items()}
+            optimizer: {f"{rate:g}, {outer:g}": exact for (rate, outer), exact in found.items()}
             for optimizer, found in tuned.items()
         },
         "ways": ways,
@@ -524,7 +526,14 @@ def full_scale(
     }
     config = tiny(width, width, layers, layers, patch=14)
     low, high = heights
-    sizes = [(high, high), (low, high), (high, low), (low, widest), (widest, low)]
+    sizes = [
+        (2 * low, 2 * low),
+        (high, high),
+        (low, high),
+        (high, low),
+        (low, widest),
+        (widest, low),
+    ]
     target = Task(mnist_glyphs(True), heights, widths, digits, room=config.vision.patch)
     test = held_out(target, mnist_glyphs(False))
     found, models = compare_resolution(

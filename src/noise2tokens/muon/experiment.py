@@ -133,11 +133,12 @@ def train_one(
             warmup=WARMUP,
             label=f"{way}, {rates}",
         )
-    except FloatingPointError:
+    except (FloatingPointError, torch.linalg.LinAlgError):  # the latter from a polar factor
         return math.inf
     if keep is not None:
         keep[way] = model
-    return bits_per_byte(model, text)
+    loss = bits_per_byte(model, text)
+    return loss if math.isfinite(loss) else math.inf
 
 
 def sweep(
@@ -195,7 +196,12 @@ def updates(
 
     Returns:
         "AdamW" and "Muon", of Moonlight's numbers; "momentum", the direction that Muon orthogonalizes.
+
+    Raises:
+        ValueError: If there are no gradients.
     """
+    if not history:
+        raise ValueError("need gradients of a batch or more, got none")
     group = dict(momentum=0.95, nesterov=True, betas=(0.9, 0.95), eps=1e-8)
     found: dict[str, dict[str, Tensor]] = {"AdamW": {}, "momentum": {}, "Muon": {}}
     for name in history[0]:
@@ -251,7 +257,13 @@ def ratio_band(
 
     Returns:
         "ratio", and 80 % of the draws from "low" to "high".
+
+    Raises:
+        ValueError: If there are too few seeds or draws, or a law does not fall.
     """
+    fewest = min(len(x) for of_way in losses.values() for x in of_way)
+    if fewest < 2 or resamples < 1:
+        raise ValueError(f"need two seeds and one draw or more, got {fewest} and {resamples}")
     generator, drawn = np.random.default_rng(seed), []
     means = {way: np.mean(of_way, 1) for way, of_way in losses.items()}
     noise = {
@@ -351,7 +363,13 @@ def full_scale(
         what `row` says of each budget, by way. "laws": coefficient and exponent. "ratio": what share of AdamW's compute
         Muon needs at the budget "C", with its band. "ratio, all counted": the same with Newton-Schulz in Muon's
         compute; "ratio of seeds": the first, from laws of one seed each. A picture.
+
+    Raises:
+        ValueError: Before any training, if there are too few seeds, budgets or draws.
     """
+    if seeds < 2 or len(plan) < 2 or resamples < 1:
+        got = f"{seeds}, {len(plan)} and {resamples}"
+        raise ValueError(f"need two seeds, two budgets and a draw or more, got {got}")
     text = source_code(device, held_out)
     measured, tuning = range(seed, seed + seeds), range(seed + seeds, seed + seeds + tuning_seeds)
     results: dict[str, Any] = {"tuning": {}, "runs": {}}

@@ -160,10 +160,12 @@ def split_parameters(
         Two groups for `Muon`; one of them alone where the other is empty.
 
     Raises:
-        ValueError: If nothing is left to train.
+        ValueError: If nothing is left to train, or `adamw` is one name and no sequence of them.
 
     Source: Liu et al. 2025, section 3.1, and the released examples/toy_train.py.
     """
+    if isinstance(adamw, str):  # a sequence too, of letters
+        raise ValueError(f"need a sequence of names, got {adamw!r}")
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, p in model.named_parameters():
         if p.requires_grad:

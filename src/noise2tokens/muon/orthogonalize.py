@@ -23,7 +23,7 @@ def polar(g: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch m n"]:
     """Return U Vᵀ, in the precision given; singular values that are zero up to rounding stay zero.
 
     Raises:
-        ValueError: If it is no matrix, or no batch of them.
+        ValueError: If it is no real matrix, or no batch of them.
     """
     _check(g, 0)
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
@@ -50,7 +50,7 @@ def newton_schulz(
         In the precision of `g`. A matrix whose norm is below 1e-7 is divided by 1e-7 instead.
 
     Raises:
-        ValueError: If it is no matrix, or `steps` is negative.
+        ValueError: If it is no real matrix, or `steps` is negative.
 
     Source: Jordan et al. 2024; Liu et al. 2025, section 2.1.
     """
@@ -128,5 +128,7 @@ def _extrema(coefficients: tuple) -> tuple[float, float]:
 def _check(g: Tensor, steps: int) -> None:
     if g.dim() < 2 or 0 in g.shape:
         raise ValueError(f"need a matrix or a batch of them, got the shape {tuple(g.shape)}")
+    if not g.is_floating_point():
+        raise ValueError(f"need real numbers in floating point, got {g.dtype}")
     if steps < 0:
         raise ValueError(f"need steps >= 0, got {steps}")
