@@ -77,7 +77,8 @@ SLICES: dict[str, dict] = {
         batches=(1.0, 3.0), outer_rates=(0.02,), tuning_seeds=1, held_out=4, resamples=20,
     ),
     "17_kimi_vl": dict(
-        seeds=1, steps=2, batch=2, rates={"Muon": (0.01,), "AdamW": (0.003,)}, reader_steps=2,
+        seeds=1, steps=2, batch=2, rates={"Muon": ((0.01, 0.01),), "AdamW": ((0.003, 0.001),)},
+        reader_steps=2,
         digits=(1, 2), heights=(42, 64), widths=(42, 64), widest=100, mnist_steps=2,
         mnist_batch=2, width=32, layers=1, n=8,
     ),
