@@ -514,6 +514,16 @@ def test_photographs_are_turned_as_their_camera_notes(tmp_path):
         assert made.content == (10, 6) and torch.equal(made.patches, want.patches)
 
 
+def test_what_is_transparent_lies_on_white(tmp_path):
+    """As a drawing program saves it: black ink, and nothing around it."""
+    drawn = np.zeros((6, 10, 4), np.uint8)
+    drawn[1:3, 2:5, 3] = 255
+    Image.fromarray(drawn).save(tmp_path / "ink.png")
+    for kind in (Image.fromarray(drawn), tmp_path / "ink.png"):
+        pixels = as_pixels(kind, 1)
+        assert np.array_equal(pixels[:, :, 0], 255 - drawn[:, :, 3])
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_pictures_of_more_than_8_bits_are_refused(dtype, tmp_path):
     image = Image.fromarray(np.full((4, 4), 1000, dtype))

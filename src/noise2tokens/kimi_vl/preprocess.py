@@ -162,10 +162,14 @@ def as_pixels(picture: Any, channels: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn a photograph as its camera notes (EXIF), and bring it to 8 bits of red, green and blue."""
+    """Turn a photograph as its camera notes (EXIF), put what is transparent on white, and bring it to 8 bits of RGB."""
     if image.mode[0] in "IF":  # I, I;16 and F, which `convert` would cut off at 255
         raise TypeError(f"need 8 bits a channel, got a picture of mode {image.mode}")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def shrink(
